@@ -1,0 +1,51 @@
+"""KiviConfig: what a user may choose when a model is rewritten."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from .errors import ConfigError
+from .spec import check_store_options
+
+
+@dataclass(frozen=True, slots=True)
+class KiviConfig:
+    """How the cache is kept (KIVI, arXiv 2402.02750, section 3): keys per channel, values per token.
+
+    k_bits, v_bits: 2, 4, 8, or 32 (f32, nothing quantized). block_tokens: tokens sealed at once. v_group_size:
+    channels that share value parameters, 0 = all. residual_length: recent tokens kept in f32. sink_length: first
+    tokens kept in f32. layer_bits: exceptions, layer -> (k_bits, v_bits). Raises ConfigError.
+    """
+
+    k_bits: int = 8
+    v_bits: int = 8
+    block_tokens: int = 64
+    v_group_size: int = 64
+    residual_length: int = 128
+    sink_length: int = 4
+    layer_bits: Mapping[int, tuple[int, int]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for k_bits, v_bits in ((self.k_bits, self.v_bits), *self.layer_bits.values()):
+            check_store_options(
+                k_bits, v_bits, self.block_tokens, self.v_group_size, self.residual_length, self.sink_length
+            )
+
+    def bits(self, layer: int) -> tuple[int, int]:
+        """(k_bits, v_bits) of one layer."""
+        return self.layer_bits.get(layer, (self.k_bits, self.v_bits))
+
+
+def parse_layer_bits(text: str) -> dict[int, tuple[int, int]]:
+    """Parse the command line's `"0,29:8"` or `"0:8;29:8/4"` (layers : bits, or k_bits/v_bits). Raises ConfigError."""
+    table: dict[int, tuple[int, int]] = {}
+    for part in filter(None, (p.strip() for p in text.split(";"))):
+        try:
+            layers, bits = part.split(":")
+            k_bits, _, v_bits = bits.partition("/")
+            for layer in layers.split(","):
+                table[int(layer)] = (int(k_bits), int(v_bits or k_bits))
+        except ValueError:
+            raise ConfigError(f'layer bits: expected LAYERS:BITS such as "0,29:8" or "0:8;29:8/4", got {part!r}') from None
+    return table

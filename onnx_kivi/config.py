@@ -47,5 +47,7 @@ def parse_layer_bits(text: str) -> dict[int, tuple[int, int]]:
             for layer in layers.split(","):
                 table[int(layer)] = (int(k_bits), int(v_bits or k_bits))
         except ValueError:
-            raise ConfigError(f'layer bits: expected LAYERS:BITS such as "0,29:8" or "0:8;29:8/4", got {part!r}') from None
+            raise ConfigError(
+                f'layer bits: expected LAYERS:BITS such as "0,29:8" or "0:8;29:8/4", got {part!r}'
+            ) from None
     return table

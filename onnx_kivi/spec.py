@@ -100,7 +100,8 @@ class _NodeAttributes:
         version = int(values.get("spec_version", SPEC_VERSION))
         if version != SPEC_VERSION:
             raise SpecMismatchError(
-                f"spec_version: expected {SPEC_VERSION}, got {version}; rewrite the original model with this version of onnx_kivi"
+                f"spec_version: expected {SPEC_VERSION}, got {version}; "
+                "rewrite the original model with this version of onnx_kivi"
             )
         parsed: dict[str, Any] = {}
         for f in dataclasses.fields(cls):  # type: ignore[arg-type]
@@ -215,7 +216,9 @@ QUANTIZED_KV_SDPA = OpSpec(
     doc="Attends the new queries to the cache and the new tokens, then appends the new tokens, then seals full blocks.",
     inputs=(
         TensorSpec("query", "float", ("B", "Hq", "S", "Dk"), "queries, as the original attention consumed them"),
-        TensorSpec("key", "float", ("B", "Hkv", "N", "Dk"), "keys of the new tokens only; N = 0 attends without appending"),
+        TensorSpec(
+            "key", "float", ("B", "Hkv", "N", "Dk"), "keys of the new tokens only; N = 0 attends without appending"
+        ),
         TensorSpec("value", "float", ("B", "Hkv", "N", "Dv"), "values of the new tokens only"),
         TensorSpec(
             "attn_mask",
@@ -226,7 +229,11 @@ QUANTIZED_KV_SDPA = OpSpec(
             broadcast=True,
         ),
         TensorSpec(
-            "head_sink", "float", ("Hq",), "logit of one more softmax column that carries no value; size 0 = none", optional=True
+            "head_sink",
+            "float",
+            ("Hq",),
+            "logit of one more softmax column that carries no value; size 0 = none",
+            optional=True,
         ),
         TensorSpec("step", "int64", ("1",), "the ticket of this run"),
     ),
@@ -237,7 +244,9 @@ QUANTIZED_KV_SDPA = OpSpec(
 OPS = (KV_CACHE_STEP, QUANTIZED_KV_SDPA)
 
 
-def check_shapes(where: str, tensors: Iterable[TensorSpec], shapes: Mapping[str, tuple[int, ...]], dims: dict[str, int]) -> None:
+def check_shapes(
+    where: str, tensors: Iterable[TensorSpec], shapes: Mapping[str, tuple[int, ...]], dims: dict[str, int]
+) -> None:
     """Bind the dimension letters of `tensors` to `shapes`, extending `dims`.
 
     Raises CacheError naming `where`, the tensor, the expected and the given shape. Letters already in `dims`

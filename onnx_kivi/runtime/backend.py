@@ -36,7 +36,7 @@ class QuantizedBlock:
 
 @dataclass(frozen=True, slots=True)
 class BlockState:
-    """One sealed block of one row; a side that could not be quantized, or has 32 bits, is f32 (Hkv, block_tokens, D)."""
+    """One sealed block of one row; a dense side (32 bits, or not representable) is f32 (Hkv, block_tokens, D)."""
 
     key: QuantizedBlock | FloatArray
     value: QuantizedBlock | FloatArray

@@ -1,0 +1,168 @@
+// The seam between the block store and the attention kernel.
+//
+// A slot's sealed blocks live in memory that the store owns and only the kernel understands: `Layout` says how
+// large it is, `Kernel` fills and reads it. Every function is pure over the views it is given and allocates
+// nothing. The layout is the same on every ISA level, so levels may be mixed on one cache.
+//
+// Source: KIVI (Liu et al. 2024, arXiv 2402.02750): keys quantized per channel over a block of tokens, values per
+// token over groups of channels. Numbers are those of onnx_kivi/runtime/reference.py: codes bit for bit.
+//
+// This header is compiled into every per-ISA object: it holds declarations only, no inline code that a linker
+// could merge across ISA levels.
+#pragma once
+
+#include <cstdint>
+
+namespace onnx_kivi {
+
+constexpr int LINE_BYTES = 64;  // alignment of blocks, of their sections, of scratch and workspace
+constexpr int DENSE_BITS = 32;
+
+// What defines the blocks of one slot. bits: 2, 4, 8 or 32 (dense); v_group_size 0 = the whole row.
+struct SlotShape {
+    int32_t kv_heads;
+    int32_t k_size;
+    int32_t v_size;
+    int32_t k_bits;
+    int32_t v_bits;
+    int32_t block_tokens;
+    int32_t v_group_size;
+};
+
+// One side (keys or values) of a block, for one kv head. Codes form a matrix per group of which the kernel
+// computes sum over depth: keys have lanes = tokens, depth = channels, one group; values have lanes = channels of
+// a group, depth = tokens. Quantized: codes [group][lane / 16][depth / (32 / bits)][64 bytes], of which byte
+// 4 * (lane % 16) + depth % 4 packs 8 / bits depths that are 4 apart, lowest first; then parameters
+// [group][lo, scale][depth_padded] float16. Dense: f32 [block_tokens][size].
+struct Side {
+    int32_t size;
+    int32_t bits;
+    int32_t groups;
+    int32_t group_size;    // lanes of a group; the last may hold fewer
+    int32_t lanes_padded;  // of one group, multiple of 16
+    int32_t depth;
+    int32_t depth_padded;  // multiple of 16
+    int64_t code_bytes;    // of all groups
+    int64_t quantized_bytes;
+    int64_t dense_bytes;
+};
+
+struct Layout {
+    SlotShape shape;
+    Side key;
+    Side value;
+};
+
+// Sides of a block that are kept in f32: all of them at 32 bits, else those that float16 parameters can't hold.
+enum DenseSides : uint32_t { NONE_DENSE = 0, KEY_DENSE = 1, VALUE_DENSE = 2 };
+
+Layout make_layout(const SlotShape& shape);
+uint32_t least_dense(const Layout& layout);  // the sides that have 32 bits
+// Bytes of one sealed block, all kv heads of one row; a multiple of LINE_BYTES. Heads follow each other, keys first.
+int64_t block_bytes(const Layout& layout, uint32_t dense);
+
+struct BlockRef {
+    const unsigned char* data;  // LINE_BYTES aligned
+    uint32_t dense;
+};
+
+// f32 tokens of one row, all kv heads; strides in floats, channels contiguous.
+struct DenseTokens {
+    const float* key;
+    const float* value;
+    int64_t tokens;
+    int64_t key_head_stride;
+    int64_t key_token_stride;
+    int64_t value_head_stride;
+    int64_t value_token_stride;
+};
+
+// The cache of one row of one slot; tokens in the order sinks, blocks, residual.
+struct RowCache {
+    DenseTokens sinks;
+    const BlockRef* blocks;
+    int64_t block_count;
+    DenseTokens residual;
+};
+
+// One call of the op over all rows: attend only, nothing is appended. Strides in floats; channels contiguous.
+struct Attention {
+    const Layout* layout;
+    int64_t rows;
+    int64_t q_heads;
+    int64_t queries;  // S
+    int64_t past;     // P, the tokens of each row's cache
+
+    const RowCache* caches;         // [rows]
+    const DenseTokens* new_tokens;  // [rows]; N each, may be 0
+
+    const float* query;  // (rows, q_heads, queries, k_size)
+    int64_t query_row_stride;
+    int64_t query_head_stride;
+    int64_t query_token_stride;
+
+    const float* mask;       // (rows, q_heads, queries, past + N) or null; stride 0 where broadcast
+    int64_t mask_stride[4];  // the last is 0 or 1
+
+    const float* head_sink;  // (q_heads) or null
+
+    float* output;  // (rows, q_heads, queries, v_size)
+    int64_t output_row_stride;
+    int64_t output_head_stride;
+    int64_t output_token_stride;
+
+    float scale;
+    float softcap;   // 0 = none
+    int64_t window;  // 0 = none
+    bool causal;
+    bool nan_to_zero;
+};
+
+// How one Attention is cut up. Tasks are independent of each other; once all have run, the combines are too.
+struct Plan {
+    int64_t tasks;
+    int64_t combines;         // 0 where tasks write the output themselves
+    int64_t scratch_bytes;    // for each task that runs at a time
+    int64_t workspace_bytes;  // shared by all tasks and combines of the call
+    int64_t token_splits;
+    int64_t query_tiles;
+    int64_t tile_queries;
+};
+
+Plan plan_attention(const Attention& attention, int threads);
+
+// Codes of one block and side in the canonical (file) layout: keys (kv_heads, k_size, ceil(block_tokens * bits / 8)),
+// values (kv_heads, block_tokens, ceil(v_size * bits / 8)), packed along the last axis, lowest bits first; float16
+// lo and scale (kv_heads, k_size), (kv_heads, block_tokens, groups). Only for a side that is not dense.
+struct CanonicalSide {
+    unsigned char* codes;
+    uint16_t* lo;
+    uint16_t* scale;
+};
+
+int64_t canonical_code_bytes(const Layout& layout, bool key);   // all kv heads
+int64_t canonical_param_count(const Layout& layout, bool key);  // of lo, and of scale
+void export_side(const Layout& layout, BlockRef block, bool key, const CanonicalSide& to);
+void import_side(const Layout& layout, unsigned char* block, uint32_t dense, bool key, const CanonicalSide& from);
+
+// One ISA level.
+struct Kernel {
+    const char* name;
+
+    // Encode the block_tokens tokens of one row into `block`, which has block_bytes(layout, dense) bytes. Returns the
+    // sides that must be dense; if they are not those of `dense`, `block` is unspecified: allocate anew, call again.
+    uint32_t (*encode_block)(const Layout& layout, uint32_t dense, const DenseTokens& tokens, unsigned char* block);
+
+    // Decode tokens [begin, end) of all kv heads to f32, in to.key and to.value (written despite the const).
+    void (*decode_block)(const Layout& layout, BlockRef block, int64_t begin, int64_t end, const DenseTokens& to);
+
+    void (*run_task)(const Attention& attention, const Plan& plan, int64_t task, void* scratch, void* workspace);
+    void (*run_combine)(const Attention& attention, const Plan& plan, int64_t index, const void* workspace);
+};
+
+// The levels that this machine can run, best first; null-terminated.
+const Kernel* const* available_kernels();
+// The level of that name, or null if it is unknown or this machine can't run it.
+const Kernel* find_kernel(const char* name);
+
+}  // namespace onnx_kivi

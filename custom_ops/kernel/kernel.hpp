@@ -91,7 +91,8 @@ struct Attention {
     int64_t rows;
     int64_t q_heads;
     int64_t queries;  // S
-    int64_t past;     // P, the tokens of each row's cache
+    int64_t past;      // the tokens of each row's cache
+    int64_t position;  // of query 0, for causal and window: past, or less where the cache holds this step's tokens
 
     const RowCache* caches;         // [rows]
     const DenseTokens* new_tokens;  // [rows]; N each, may be 0

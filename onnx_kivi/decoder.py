@@ -1,0 +1,197 @@
+"""Feeds a decoder token by token, whether it carries its cache (an original) or keeps it (a rewritten one).
+
+Inputs are recognised by the names that exporters give them; an input nobody knows how to fill is an error, never a
+guess. Verify, generate, evaluate, bench and the demo all run models through this, and so treat both kinds alike.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from .errors import UnsupportedModelError
+from .runtime.cache import Cache
+from .spec import HANDLE_INPUT, PAST_LENGTH_INPUT
+
+Array = npt.NDArray[Any]
+IntArray = npt.NDArray[np.int64]
+FloatArray = npt.NDArray[np.float32]
+
+ENCODER_TOKENS = 7
+ELEMENTS: dict[str, Any] = {
+    "tensor(float)": np.float32,
+    "tensor(float16)": np.float16,
+    "tensor(double)": np.float64,
+    "tensor(int64)": np.int64,
+    "tensor(int32)": np.int32,
+    "tensor(int8)": np.int8,
+    "tensor(uint8)": np.uint8,
+    "tensor(bool)": np.bool_,
+}
+
+
+class Decoder:
+    """A batch of sequences being decoded by one model.
+
+    session: an onnxruntime session of an original, or a Session of a rewritten model and the `cache` to use.
+    pairs: past input -> present output, where names don't tell. head_sizes: past input -> head size, for models that
+    leave it symbolic. Past inputs without an output (an encoder's) are filled once with random numbers.
+    """
+
+    def __init__(
+        self,
+        session: Any,
+        cache: Cache | None = None,
+        *,
+        pairs: Mapping[str, str] | None = None,
+        head_sizes: Mapping[str, int] | None = None,
+    ) -> None:
+        self._cache = cache
+        self._run = session.run if cache is None else partial(session.run, cache=cache)
+        self._inputs = session.get_inputs()
+        self._outputs = [o.name for o in session.get_outputs()]
+        self._head_sizes = dict(head_sizes or {})
+        given = dict(pairs or {})
+        past = [i.name for i in self._inputs if i.name in given or i.name.startswith("past")]
+        self._present = {
+            name: given.get(name) or present_name(name, self._outputs) for name in past if name != PAST_LENGTH_INPUT
+        }
+        self._past: dict[str, Array] = {}
+        self.length = cache.length if cache is not None else 0
+
+    def step(self, ids: IntArray, mask: IntArray | None = None) -> FloatArray:
+        """Logits (B, S, vocabulary) of the new tokens `ids` (B, S); `mask` (B, T) is 0 at padding, None = no padding.
+
+        Raises UnsupportedModelError for a model whose inputs can't be filled or that has no logits.
+        """
+        if not self._past:
+            self._past = self._random_past(ids.shape[0], 0)
+        if mask is None:
+            mask = np.ones((ids.shape[0], self.length + ids.shape[1]), np.int64)
+        feeds = build_feeds(self._inputs, ids, mask, self._past)
+        results = dict(zip(self._outputs, self._run(None, feeds), strict=True))
+        self._past = {name: results[out] if out else self._past[name] for name, out in self._present.items()}
+        self.length += ids.shape[1]
+        return _logits(results)
+
+    def restart(self) -> None:
+        """Forget all tokens."""
+        self._past = {}
+        self.length = 0
+        if self._cache is not None:
+            self._cache.reset()
+
+    def fill(self, length: int) -> None:
+        """Stand as if `length` tokens had been fed: one row, random keys and values (for timing)."""
+        self._past = self._random_past(1, length)
+        self.length = length
+
+    @property
+    def cache_bytes(self) -> int:
+        """Bytes that the caches hold now."""
+        return sum(a.nbytes for a in self._past.values()) + (self._cache.nbytes if self._cache else 0)
+
+    @property
+    def sealed_tokens(self) -> int:
+        """Tokens held in quantized form; 0 for an original."""
+        return self._cache.sealed_tokens if self._cache else 0
+
+    def _random_past(self, batch: int, length: int) -> dict[str, Array]:
+        token_batch = next((i.shape[0] for i in self._inputs if i.name == "input_ids"), None)
+        past = {}
+        for i in self._inputs:
+            if i.name not in self._present:
+                continue
+            shape = [d if isinstance(d, int) else None for d in i.shape]
+            for axis, name in enumerate(i.shape):
+                if shape[axis] is None and (axis == 0 or name == token_batch or "batch" in str(name)):
+                    shape[axis] = batch
+            if shape[-1] is None:
+                shape[-1] = self._head_sizes.get(i.name)
+            grows = self._present[i.name] is not None and "encoder" not in i.name
+            filled = [(length if grows else ENCODER_TOKENS) if d is None else d for d in shape]
+            past[i.name] = (
+                np.random.default_rng(zlib.crc32(i.name.encode())).standard_normal(filled).astype(_element(i))
+            )
+        return past
+
+
+def present_name(past: str, outputs: Sequence[str]) -> str | None:
+    """The output that carries the input `past` onward, by the exporters' naming conventions; None if there is none."""
+    candidates = (
+        past.replace("past_key_values", "present"),
+        past.replace("past_key_values", "present_key_values"),
+        past.replace("past", "present"),
+        past.replace("past", "out"),
+    )
+    return next((name for name in candidates if name in outputs), None)
+
+
+def build_feeds(inputs: Sequence[Any], ids: IntArray, mask: IntArray, known: Mapping[str, Array]) -> dict[str, Array]:
+    """Feeds for one step: tokens (B, S), mask (B, T), positions from the mask, and what is `known` by name.
+
+    Raises UnsupportedModelError naming an input that nobody knows how to fill.
+    """
+    B, S = ids.shape
+    T = mask.shape[1]
+    positions = np.clip(np.cumsum(mask, 1) - 1, 0, None)[:, T - S :]
+    values: dict[str, Any] = {
+        "input_ids": ids,
+        "decoder_input_ids": ids,
+        "attention_mask": mask,
+        "decoder_attention_mask": mask,
+        "position_ids": positions,
+        "cache_position": np.arange(T - S, T),
+        "use_cache_branch": np.array([T > S]),
+        "encoder_attention_mask": np.ones((B, ENCODER_TOKENS), np.int64),
+        "seqlens_k": mask.sum(1) - 1,
+        "total_sequence_length": np.array(T),
+        "num_logits_to_keep": np.array(0),
+        "logits_to_keep": np.array(0),
+    }
+    feeds: dict[str, Array] = {}
+    for i in inputs:
+        if i.name in known:
+            feeds[i.name] = known[i.name]
+        elif i.name in values:
+            feeds[i.name] = np.asarray(values[i.name]).astype(_element(i), copy=False)
+        elif i.name == "encoder_hidden_states":
+            feeds[i.name] = (
+                np.random.default_rng(1).standard_normal((B, ENCODER_TOKENS, i.shape[-1])).astype(_element(i))
+            )
+        elif i.name == "inputs_embeds":
+            feeds[i.name] = _embed(ids, i.shape[-1]).astype(_element(i))
+        elif i.name not in (HANDLE_INPUT, PAST_LENGTH_INPUT):
+            raise UnsupportedModelError(
+                f"input {i.name}: expected a name that decoders usually have ({', '.join(values)}), got {i.name} "
+                f"{i.shape}; feed the model yourself with Session.run"
+            )
+    return feeds
+
+
+def _embed(ids: IntArray, width: int) -> Array:
+    table = {int(t): np.random.default_rng(int(t)).standard_normal(width) for t in np.unique(ids)}
+    return np.stack([[table[int(t)] for t in row] for row in ids])
+
+
+def _element(value: Any) -> Any:
+    if value.type not in ELEMENTS:
+        raise UnsupportedModelError(
+            f"input {value.name}: expected a type NumPy can hold, got {value.type}; "
+            "run the model with onnxruntime's io_binding"
+        )
+    return ELEMENTS[value.type]
+
+
+def _logits(results: Mapping[str, Any]) -> FloatArray:
+    if "logits" in results:
+        return np.asarray(results["logits"], np.float32)
+    rank_3 = [r for r in results.values() if getattr(r, "ndim", 0) == 3]
+    if len(rank_3) != 1:
+        raise UnsupportedModelError(f"outputs: expected one named logits, got {', '.join(results)}")
+    return np.asarray(rank_3[0], np.float32)

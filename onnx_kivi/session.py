@@ -1,0 +1,173 @@
+"""Session: an InferenceSession of a rewritten model that owns its caches and raises the op's real errors."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnxruntime as ort
+
+from .decoder import Decoder
+from .errors import CacheError, UnsupportedModelError
+from .generate import generate
+from .runtime.cache import Cache
+from .runtime.hosts import choose, register, take_error
+from .spec import HANDLE_INPUT, PAST_LENGTH_INPUT
+
+MODEL_FILE = "model.onnx"
+ERROR = 3
+
+
+class NotRewrittenError(UnsupportedModelError):
+    """The model loads, but has no QuantizedKvSdpa nodes."""
+
+
+class Session:
+    """Runs a rewritten model. Every `run` appends to a cache: the session's own one, or the one given.
+
+    model: path of the file, of a folder that holds model.onnx, or the model's bytes. host: who serves the nodes,
+    `python` (onnxruntime-extensions), `native` (the compiled custom-op library) or `auto` (native where it is built).
+    backend: `native`, `numpy` or `auto`; the native host implies the native backend. Raises UnsupportedModelError for a
+    file that is missing, unreadable or not rewritten, BackendUnavailableError for a host or backend that isn't there.
+    """
+
+    def __init__(
+        self,
+        model: str | os.PathLike[str] | bytes,
+        sess_options: ort.SessionOptions | None = None,
+        providers: Sequence[Any] | None = None,
+        *,
+        host: str = "auto",
+        backend: str = "auto",
+    ) -> None:
+        options = sess_options if sess_options is not None else quiet_options()
+        self.host, self.backend = choose(host, backend)
+        register(options, host=self.host, backend=self.backend.name)
+        self._session = open_model(model, options, providers)
+        overridable = {i.name for i in self._session.get_overridable_initializers()}
+        if not {HANDLE_INPUT, PAST_LENGTH_INPUT} <= overridable:
+            raise NotRewrittenError(
+                f"{_name(model)}: expected a rewritten model, with inputs {HANDLE_INPUT} and {PAST_LENGTH_INPUT}, "
+                "got one without; run onnx-kivi rewrite on it first"
+            )
+        self.cache = self.new_cache()
+
+    def new_cache(self) -> Cache:
+        """An empty cache for this model; close it, or let it go out of scope, to free it."""
+        return Cache(self.backend, self.backend.new_cache())
+
+    def load_cache(self, path: str | os.PathLike[str]) -> Cache:
+        """A cache from a file that Cache.save wrote. A file of another model is refused when it is first run."""
+        return Cache.load(path, self.backend)
+
+    def run(
+        self,
+        output_names: Sequence[str] | None,
+        input_feed: Mapping[str, Any],
+        run_options: ort.RunOptions | None = None,
+        *,
+        cache: Cache | None = None,
+    ) -> list[Any]:
+        """As InferenceSession.run; the new tokens are appended to `cache` (default: this session's own).
+
+        Feeding past_length = n first drops what lies beyond n tokens. Raises CacheError (or another KiviError) for
+        whatever the op refused, after which the cache is as it was before the run.
+        """
+        cache = self.cache if cache is None else cache
+        if not cache.run_lock.acquire(blocking=False):
+            raise CacheError("run: expected a cache that no other run uses, got one in use; give each thread its own")
+        try:
+            feeds = dict(input_feed)
+            feeds[HANDLE_INPUT] = np.array([cache.handle], np.int64)
+            results, failure = None, None
+            try:
+                results = self._session.run(output_names, feeds, run_options)
+            except Exception as error:
+                failure = error
+            if (refusal := take_error(self.host, cache.handle, failure)) is not None:
+                raise refusal from failure
+            if failure is not None:
+                raise failure
+            return list(results or ())
+        finally:
+            cache.run_lock.release()
+
+    def generate(
+        self,
+        ids: Sequence[int] | npt.NDArray[np.int64],
+        *,
+        max_new_tokens: int = 64,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        seed: int | None = None,
+        stop_tokens: Sequence[int] = (),
+        cache: Cache | None = None,
+    ) -> Iterator[int]:
+        """Generate after the prompt `ids`, one token id at a time, greedily or by sampling (temperature > 0).
+
+        Starts a new conversation on a fresh cache, unless `cache` is given, which is then continued. Stops after
+        max_new_tokens or at (and without) a stop token. Raises ConfigError for options out of range.
+        """
+        return generate(
+            Decoder(self, self.new_cache() if cache is None else cache),
+            ids,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_p=top_p,
+            seed=seed,
+            stop_tokens=stop_tokens,
+        )
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or name == "_session":
+            raise AttributeError(name)
+        return getattr(self._session, name)
+
+
+def quiet_options() -> ort.SessionOptions:
+    """Session options that log errors only: onnxruntime warns of every graph input that has a default."""
+    options = ort.SessionOptions()
+    options.log_severity_level = ERROR
+    return options
+
+
+def model_path(model: str | os.PathLike[str]) -> Path:
+    """The .onnx file that `model` names: itself, or model.onnx inside it if it is a folder."""
+    path = Path(model)
+    return path / MODEL_FILE if path.is_dir() else path
+
+
+def open_model(
+    model: str | os.PathLike[str] | bytes,
+    options: ort.SessionOptions | None = None,
+    providers: Sequence[Any] | None = None,
+) -> ort.InferenceSession:
+    """An onnxruntime session of any model. Raises UnsupportedModelError if the file is missing or can't be loaded."""
+    where = _name(model)
+    if not isinstance(model, bytes) and not model_path(model).is_file():
+        raise UnsupportedModelError(f"{where}: expected an ONNX file, got nothing there; check the path")
+    source = model if isinstance(model, bytes) else where
+    try:
+        return ort.InferenceSession(source, options or quiet_options(), providers or ["CPUExecutionProvider"])
+    except Exception as error:
+        reason = " ".join(str(error).split())
+        raise UnsupportedModelError(
+            f"{where}: expected a model that onnxruntime {ort.__version__} loads, got: {reason}"
+        ) from error
+
+
+def open_decoder(model: str | os.PathLike[str]) -> Decoder:
+    """A Decoder of a rewritten model, on a cache of its own, or of any other model, carrying its cache."""
+    try:
+        session = Session(model)
+    except NotRewrittenError:
+        return Decoder(open_model(model))
+    return Decoder(session, session.new_cache())
+
+
+def _name(model: str | os.PathLike[str] | bytes) -> str:
+    return "model" if isinstance(model, bytes) else str(model_path(model))

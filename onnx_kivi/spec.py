@@ -282,3 +282,7 @@ def op_table() -> str:
             lines.append(f"| attribute | `{a.name}` | {a.wire}{default} | {a.meaning} |")
         lines.append("")
     return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    print(op_table())

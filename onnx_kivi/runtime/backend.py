@@ -70,10 +70,30 @@ class CacheState:
     slots: tuple[SlotState, ...]
 
 
+_SEQUENCE_BITS = 32
+
+
+def make_ticket(handle: int, sequence: int) -> int:
+    """The int64 that names one step of one cache; the sequence number wraps at 32 bits."""
+    return handle << _SEQUENCE_BITS | sequence & (1 << _SEQUENCE_BITS) - 1
+
+
+def ticket_handle(ticket: int) -> int:
+    """The handle whose step the ticket names."""
+    return ticket >> _SEQUENCE_BITS
+
+
+def is_native(handle: int) -> bool:
+    """Whether the native backend owns the handle: its handles are even, those of NumPy odd."""
+    return handle % 2 == 0
+
+
 class Backend(Protocol):
     """All caches of one backend, by handle (a positive int; 0 is the default cache of each model).
 
-    Every method is thread-safe and raises CacheError for a handle that is unknown or closed.
+    Handles of the native backend are even, those of NumPy odd, and all are below 2^31; a ticket is
+    `make_ticket(handle, sequence)`: so a handle or a ticket alone says whose it is.
+    Every method is thread-safe and raises CacheError for a handle that is unknown or closed; only open_step takes 0.
     """
 
     @property
@@ -89,6 +109,7 @@ class Backend(Protocol):
     def open_step(self, handle: int, past_length: int, step: StepAttributes) -> tuple[int, int]:
         """Open a step, superseding one that is open: (P, ticket). past_length -1 = the committed length.
 
+        Tokens beyond past_length are dropped at once, as by `crop`: a rollback goes back to P tokens.
         Raises CacheError: closed handle, another model's handle, past_length beyond the cache.
         """
 
@@ -106,6 +127,11 @@ class Backend(Protocol):
 
         The last of the step's `layers` calls commits it. An error poisons the step: later calls raise too
         and touch nothing, and the next step starts from the committed length. Raises CacheError.
+
+        A `self` slot takes new tokens once per step, the same number in every slot; a call without new tokens (layers
+        that share a cache) sees what the slot holds by now, so T counts the tokens that an earlier call of this step
+        gave it; its queries still stand at P. A `cross` slot keeps what it was filled with: its P is its own length;
+        new tokens replace what it holds, and are then all that is seen.
         """
 
     def length(self, handle: int) -> int:
@@ -121,10 +147,13 @@ class Backend(Protocol):
         """Bytes that the same tokens take as f32 keys and values."""
 
     def crop(self, handle: int, length: int) -> None:
-        """Keep the first `length` tokens. Exact inside the residual; tokens of a cut sealed block keep their error."""
+        """Keep the first `length` tokens. Exact inside the residual; tokens of a cut sealed block keep their error.
+
+        Like reset and reorder it ends an open step: what that appended is dropped, and its ticket is stale.
+        """
 
     def reset(self, handle: int) -> None:
-        """Drop all tokens; the handle stays bound to its model."""
+        """Drop all tokens, those of cross slots too; the handle stays bound to its model."""
 
     def fork(self, handle: int) -> int:
         """Handle of a copy that shares the sealed blocks."""

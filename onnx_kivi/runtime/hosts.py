@@ -38,9 +38,9 @@ def register(options: ort.SessionOptions, *, host: str = "auto", backend: str = 
     python_host.register(options, chosen.name)
 
 
-def take_error(host: str, handle: int, failure: Exception | None) -> KiviError | None:  # noqa: ARG001
+def take_error(host: str, handle: int, failure: Exception | None) -> BaseException | None:  # noqa: ARG001
     """What the op refused in the last run on `handle`, if anything; `failure` is what onnxruntime raised."""
-    error: KiviError | None = python_host.take_error(handle)
+    error: BaseException | None = python_host.take_error(handle)
     return error
 
 

@@ -1,0 +1,207 @@
+"""Serves the ops to onnxruntime as onnxruntime-extensions Python ops, on any backend; declared from the spec.
+
+Contract: no exception ever leaves an op, because that aborts the process. The first error of a cache's step is
+remembered (`take_error`) and logged; the node, and the later ones of the step, return NaN. A model's default cache
+(handle 0) lives in the backend that `register` named last; any other handle or ticket says which backend it is of.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import traceback
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnxruntime as ort
+from onnxruntime_extensions import PyCustomOpDef, get_library_path, onnx_op
+from onnxruntime_extensions import _ocos as hook
+
+from ..errors import CacheError, KiviError
+from ..spec import (
+    COMMITTED_LENGTH,
+    DEFAULT_HANDLE,
+    DOMAIN,
+    KV_CACHE_STEP,
+    NO_STEP,
+    QUANTIZED_KV_SDPA,
+    SdpaAttributes,
+    StepAttributes,
+)
+from .backend import Backend, FloatArray, is_native, ticket_handle
+from .interrupts import InterruptGuard
+from .select import get_backend
+
+IntArray = npt.NDArray[np.int64]
+
+MOST_PLAUSIBLE_LENGTH = 1 << 20
+ELEMENTS = {"float": PyCustomOpDef.dt_float, "int64": PyCustomOpDef.dt_int64}
+WIRES = {"int": PyCustomOpDef.dt_int64, "string": PyCustomOpDef.dt_string}
+
+log = logging.getLogger("onnx_kivi")
+
+
+class _Output:
+    """An op's result as onnxruntime-extensions takes it: it calls `.flatten().tolist()`, but accepts an array there,
+    which saves building a list of Python floats."""
+
+    __slots__ = ("_array", "shape")
+
+    def __init__(self, array: npt.NDArray[Any]) -> None:
+        self._array = np.ascontiguousarray(array)
+        self.shape = array.shape
+
+    def flatten(self) -> _Output:
+        return self
+
+    def tolist(self) -> npt.NDArray[Any]:
+        return self._array
+
+
+class PythonHost:
+    """The two ops, and the errors that their callers have yet to be told."""
+
+    def __init__(self) -> None:
+        self._default_backend: Backend | None = None
+        self._failures: dict[int, tuple[int, BaseException]] = {}
+        self._interrupts = InterruptGuard(hook._on_pyop_invocation.__code__)
+
+    def serve(self, backend: str) -> None:
+        """Make the ops known, with `backend` for default caches."""
+        self._default_backend = get_backend(backend)
+        self._interrupts.install()
+        _declare()
+
+    def take_error(self, handle: int) -> BaseException | None:
+        """The first error of the last step on `handle`, once; None if it went well."""
+        _, error = self._failures.pop(handle, (NO_STEP, None))
+        if error is None or isinstance(error, KiviError):
+            return error
+        if isinstance(error, Exception):
+            unexpected = CacheError(f"cache {handle}: unexpected {type(error).__name__}: {error}; please report it")
+            unexpected.__cause__ = error
+            return unexpected
+        self._interrupts.delivered()
+        return error
+
+    def kv_cache_step(
+        self, cache_handle: IntArray, past_length: IntArray, **wire: int | str
+    ) -> tuple[_Output, _Output]:
+        """The op KvCacheStep: (P, ticket), or (a P that later shapes agree with, -1) after an error."""
+        handle = length = DEFAULT_HANDLE
+        try:
+            self._interrupts.check()
+            handle = int(cache_handle.flat[0])
+            length = int(past_length.flat[0])
+            _check_one("cache_handle", cache_handle)
+            _check_one("past_length", past_length)
+            past, ticket = self._backend(handle).open_step(handle, length, _step_attributes(tuple(wire.items())))
+            self._failures.pop(handle, None)
+            self._failures.pop(ticket_handle(ticket), None)
+        except BaseException as error:
+            self._fail(handle, NO_STEP, error)
+            past, ticket = self._likely_length(handle, length), NO_STEP
+        return _Output(np.array([past], np.int64)), _Output(np.array([ticket], np.int64))
+
+    def quantized_kv_sdpa(
+        self,
+        query: FloatArray,
+        key: FloatArray,
+        value: FloatArray,
+        attn_mask: FloatArray,
+        head_sink: FloatArray,
+        step: IntArray,
+        **wire: int | str,
+    ) -> _Output:
+        """The op QuantizedKvSdpa: (B, Hq, S, Dv), NaN after an error."""
+        ticket = NO_STEP
+        try:
+            self._interrupts.check()
+            ticket = int(step.flat[0])
+            handle = ticket_handle(ticket)
+            if ticket != NO_STEP and self._failures.get(handle, (NO_STEP, None))[0] != ticket:
+                attributes = _sdpa_attributes(tuple(wire.items()))
+                return _Output(
+                    self._backend(handle).attend(ticket, attributes, query, key, value, attn_mask, head_sink)
+                )
+        except BaseException as error:
+            self._fail(ticket_handle(ticket), ticket, error)
+        return _Output(_nan(query, value))
+
+    def _backend(self, handle: int) -> Backend:
+        if handle == DEFAULT_HANDLE and self._default_backend is not None:
+            return self._default_backend
+        return get_backend("native" if is_native(handle) else "numpy")
+
+    def _fail(self, handle: int, ticket: int, error: BaseException) -> None:
+        try:
+            traceback.clear_frames(error.__traceback__)
+            if self._failures.get(handle, (NO_STEP, None))[0] != ticket or ticket == NO_STEP:
+                self._failures[handle] = ticket, error
+                log.error("%s", error or type(error).__name__)
+        except BaseException as unreportable:
+            self._failures[handle] = ticket, unreportable
+
+    def _likely_length(self, handle: int, past_length: int) -> int:
+        """What the caller probably takes for P: with it, onnxruntime finds no fault of its own in the mask's shape."""
+        try:
+            if past_length == COMMITTED_LENGTH:
+                return self._backend(handle).length(handle)
+        except BaseException:
+            return 0
+        return min(max(past_length, 0), MOST_PLAUSIBLE_LENGTH)
+
+
+def register(options: ort.SessionOptions, backend: str = "auto") -> None:
+    """Make sessions that are built with `options` know the ops.
+
+    `backend` serves the default caches (handle 0) of all sessions of this process. Raises as get_backend does.
+    """
+    HOST.serve(backend)
+    options.register_custom_ops_library(get_library_path())
+
+
+def take_error(handle: int) -> BaseException | None:
+    """The first error of the last step on `handle`, once: a KiviError, or the KeyboardInterrupt that ended it."""
+    return HOST.take_error(handle)
+
+
+@functools.cache
+def _declare() -> None:
+    """Declare the ops, once per process, to onnxruntime-extensions."""
+    for spec, body in ((KV_CACHE_STEP, HOST.kv_cache_step), (QUANTIZED_KV_SDPA, HOST.quantized_kv_sdpa)):
+        onnx_op(
+            op_type=f"{DOMAIN}::{spec.name}",
+            inputs=[ELEMENTS[t.element] for t in spec.inputs],
+            outputs=[ELEMENTS[t.element] for t in spec.outputs],
+            attrs={a.name: WIRES[a.wire] for a in spec.attributes},
+        )(body)
+
+
+@functools.lru_cache(maxsize=4096)
+def _sdpa_attributes(wire: tuple[tuple[str, int | str], ...]) -> SdpaAttributes:
+    return SdpaAttributes.from_wire(dict(wire))
+
+
+@functools.lru_cache(maxsize=64)
+def _step_attributes(wire: tuple[tuple[str, int | str], ...]) -> StepAttributes:
+    return StepAttributes.from_wire(dict(wire))
+
+
+def _check_one(name: str, value: IntArray) -> None:
+    if value.shape != (1,):
+        raise CacheError(
+            f"KvCacheStep: {name}: expected shape (1), got {value.shape}; one per row is not supported yet"
+        )
+
+
+def _nan(query: FloatArray, value: FloatArray) -> FloatArray:
+    """An output of the right shape for these inputs, as far as they have one."""
+    try:
+        return np.full((*query.shape[:-1], *value.shape[-1:]), np.nan, np.float32)
+    except BaseException:
+        return np.zeros((0,), np.float32)
+
+
+HOST = PythonHost()

@@ -1,0 +1,61 @@
+"""Chooses the backend: one instance of each per process."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+
+from ..errors import BackendUnavailableError, ConfigError
+from .backend import Backend
+from .store import NumpyBackend
+
+BACKENDS = ("auto", "native", "numpy")
+ENVIRONMENT = "ONNX_KIVI_BACKEND"
+
+log = logging.getLogger("onnx_kivi")
+
+
+def get_backend(name: str = "auto") -> Backend:
+    """The backend of that name. `auto` is what ONNX_KIVI_BACKEND says, else native, else NumPy with a logged warning.
+
+    Raises ConfigError for an unknown name, BackendUnavailableError for one that is not built on this machine.
+    """
+    source = "backend"
+    if name == "auto":
+        name, source = os.environ.get(ENVIRONMENT) or "auto", ENVIRONMENT
+    if name not in BACKENDS:
+        raise ConfigError(f"{source}: expected one of {', '.join(BACKENDS)}, got {name!r}")
+    if name == "numpy":
+        return _numpy()
+    if name == "native":
+        return _native()
+    try:
+        return _native()
+    except BackendUnavailableError as error:
+        _warn_once(str(error))
+        return _numpy()
+
+
+@functools.cache
+def _numpy() -> Backend:
+    return NumpyBackend()
+
+
+@functools.cache
+def _native() -> Backend:
+    try:
+        from .native import NativeBackend
+
+        backend: Backend = NativeBackend()
+    except ImportError as error:
+        raise BackendUnavailableError(
+            f"backend native: expected the compiled module onnx_kivi._native, got: {error}; install a C++ compiler and "
+            "then onnx_kivi again, or use backend='numpy'"
+        ) from error
+    return backend
+
+
+@functools.cache
+def _warn_once(reason: str) -> None:
+    log.warning("%s. Using the slower NumPy backend.", reason)

@@ -59,7 +59,7 @@ class Checkpoint:
 
     def __init__(self, path: Path) -> None:
         try:
-            import gguf  # noqa: PLC0415
+            import gguf
         except ImportError as error:
             raise KiviError("reading a GGUF file needs the package gguf: pip install 'onnx_kivi[demo]'") from error
         self._gguf = gguf

@@ -20,7 +20,7 @@ PRE_TOKENIZER = "smollm"
 def write_tokenizer(vocabulary: Vocabulary, context: int, folder: Path) -> None:
     """Write the three files into `folder`; `context` is the longest input the model was trained for, in tokens."""
     try:
-        from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers  # noqa: PLC0415
+        from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
     except ImportError as error:
         raise KiviError("writing a tokenizer needs the package tokenizers: pip install 'onnx_kivi[demo]'") from error
     if vocabulary.pre_tokenizer != PRE_TOKENIZER:

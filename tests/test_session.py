@@ -1,0 +1,182 @@
+"""Session and plain InferenceSession on a tiny decoder: the same logits as the original's, caches, real errors."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import onnxruntime as ort
+import pytest
+
+import onnx_kivi as kivi
+from onnx_kivi.decoder import Decoder
+from onnx_kivi.session import open_model, quiet_options
+
+IDS = np.random.default_rng(3).integers(0, 256, (1, 60))
+# Two float32 evaluations of the same sums in another order; logits are of order 10.
+ROUNDING = 1e-4
+
+
+def feeds(ids: npt.NDArray[np.int64], past: int) -> dict[str, npt.NDArray[np.int64]]:
+    B, S = ids.shape
+    return {
+        "input_ids": ids,
+        "attention_mask": np.ones((B, past + S), np.int64),
+        "position_ids": np.tile(np.arange(past, past + S), (B, 1)),
+    }
+
+
+def original_logits(tiny: Path, *ends: int) -> list[npt.NDArray[np.float32]]:
+    decoder = Decoder(open_model(tiny))
+    starts = (0, *ends)
+    return [decoder.step(IDS[:, a:b]) for a, b in zip(starts, ends, strict=False)]
+
+
+def test_dense_session_gives_the_originals_logits(tiny: Path, rewritten: Callable[[int], Path]) -> None:
+    session = kivi.Session(rewritten(32))
+    begin = 0
+    for end, expected in zip((30, 41, 42, 43), original_logits(tiny, 30, 41, 42, 43), strict=True):
+        (logits,) = session.run(["logits"], feeds(IDS[:, begin:end], begin))
+        np.testing.assert_allclose(logits, expected, atol=ROUNDING * np.ptp(expected))
+        begin = end
+    assert session.cache.length == 43
+
+
+def test_quantized_session_is_close_and_not_identical(tiny: Path, rewritten: Callable[[int], Path]) -> None:
+    session = kivi.Session(rewritten(8))
+    session.run(None, feeds(IDS[:, :50], 0))
+    assert session.cache.sealed_tokens == 32
+    (logits,) = session.run(None, feeds(IDS[:, 50:51], 50))
+    expected = original_logits(tiny, 50, 51)[1]
+    difference = np.abs(logits - expected).max() / np.ptp(expected)
+    # 8 bits on unit-scale keys: a step is about 0.02 of a standard deviation.
+    assert 1e-6 < difference < 2e-2
+    assert session.cache.nbytes < 0.75 * session.cache.dense_nbytes
+
+
+def test_plain_inference_session_steps_without_cache_inputs(tiny: Path, rewritten: Callable[[int], Path]) -> None:
+    options = quiet_options()
+    kivi.register(options)
+    session = ort.InferenceSession(str(rewritten(32)), options, providers=["CPUExecutionProvider"])
+    assert [i.name for i in session.get_inputs()] == ["input_ids", "attention_mask", "position_ids"]
+    start_over = {"past_length": np.zeros(1, np.int64)}
+    first = session.run(None, feeds(IDS[:, :10], 0) | start_over)[0]
+    second = session.run(None, feeds(IDS[:, 10:12], 10))[0]
+    for logits, expected in zip((first, second), original_logits(tiny, 10, 12), strict=True):
+        np.testing.assert_allclose(logits, expected, atol=ROUNDING * np.ptp(expected))
+    again = session.run(None, feeds(IDS[:, 10:12], 10) | {"past_length": np.array([10])})[0]
+    np.testing.assert_array_equal(again, second)
+
+
+def test_caches_are_independent(rewritten: Callable[[int], Path]) -> None:
+    session = kivi.Session(rewritten(8))
+    one, two = session.new_cache(), session.new_cache()
+    alone = session.run(None, feeds(IDS[:, :20], 0), cache=one)[0]
+    session.run(None, feeds(IDS[:, 20:50], 0), cache=two)
+    assert (one.length, two.length, session.cache.length) == (20, 30, 0)
+    one.crop(5)
+    np.testing.assert_allclose(session.run(None, feeds(IDS[:, 5:20], 5), cache=one)[0], alone[:, 5:], atol=1e-4)
+
+
+def test_generate_is_the_originals_greedy_text(tiny: Path, rewritten: Callable[[int], Path]) -> None:
+    from onnx_kivi.generate import generate
+
+    expected = list(generate(Decoder(open_model(tiny)), IDS[0, :20], max_new_tokens=12))
+    session = kivi.Session(rewritten(32))
+    assert list(session.generate(IDS[0, :20], max_new_tokens=12)) == expected
+    assert session.cache.length == 0
+
+
+def test_generate_continues_a_given_cache(rewritten: Callable[[int], Path]) -> None:
+    session = kivi.Session(rewritten(8))
+    whole = list(session.generate(IDS[0, :40], max_new_tokens=6))
+    cache = session.new_cache()
+    session.run(None, feeds(IDS[:, :30], 0), cache=cache)
+    assert list(session.generate(IDS[0, 30:40], max_new_tokens=6, cache=cache)) == whole
+    assert cache.length == 45
+
+
+def test_generate_samples_reproducibly(rewritten: Callable[[int], Path]) -> None:
+    session = kivi.Session(rewritten(8))
+    runs = [list(session.generate([1, 2], max_new_tokens=8, temperature=2.0, seed=s)) for s in (0, 0, 1)]
+    assert runs[0] == runs[1] != runs[2]
+
+
+def test_failed_run_raises_and_leaves_the_cache(rewritten: Callable[[int], Path]) -> None:
+    session = kivi.Session(rewritten(8))
+    session.run(None, feeds(IDS[:, :20], 0))
+    with pytest.raises(kivi.CacheError, match=r"past_length: expected .* got 21"):
+        session.run(None, feeds(IDS[:, 20:21], 20) | {"past_length": np.array([21])})
+    assert session.cache.length == 20
+    session.run(None, feeds(IDS[:, 20:21], 20))
+    assert session.cache.length == 21
+
+
+def test_other_batch_on_a_cache_in_use_is_refused(rewritten: Callable[[int], Path]) -> None:
+    session = kivi.Session(rewritten(8))
+    session.run(None, feeds(IDS[:, :5], 0))
+    with pytest.raises(kivi.CacheError, match="expected"):
+        session.run(None, feeds(np.repeat(IDS[:, 5:6], 2, 0), 5))
+    assert session.cache.length == 5
+
+
+def test_closed_cache_is_refused(rewritten: Callable[[int], Path]) -> None:
+    session = kivi.Session(rewritten(8))
+    cache = session.new_cache()
+    cache.close()
+    with pytest.raises(kivi.CacheError, match="closed"):
+        session.run(None, feeds(IDS[:, :5], 0), cache=cache)
+
+
+def test_cache_of_another_model_is_refused(rewritten: Callable[[int], Path]) -> None:
+    cache = kivi.Session(rewritten(8)).new_cache()
+    kivi.Session(rewritten(8)).run(None, feeds(IDS[:, :5], 0), cache=cache)
+    with pytest.raises(kivi.CacheError, match="model"):
+        kivi.Session(rewritten(4)).run(None, feeds(IDS[:, 5:6], 5), cache=cache)
+    assert cache.length == 5
+
+
+def test_two_threads_on_one_cache_one_is_refused(rewritten: Callable[[int], Path]) -> None:
+    session = kivi.Session(rewritten(8))
+    outcomes: list[str] = []
+    barrier = threading.Barrier(2)
+
+    def run() -> None:
+        barrier.wait()
+        for _ in range(20):
+            try:
+                session.run(None, feeds(IDS[:, :1], session.cache.length) | {"past_length": np.zeros(1, np.int64)})
+                outcomes.append("ran")
+            except kivi.CacheError as error:
+                outcomes.append(str(error))
+
+    threads = [threading.Thread(target=run) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    refused = [o for o in outcomes if o != "ran"]
+    assert "ran" in outcomes
+    assert refused
+    assert all("in use" in o for o in refused)
+
+
+def test_not_a_rewritten_model(tiny: Path, tmp_path: Path) -> None:
+    with pytest.raises(kivi.UnsupportedModelError, match="expected a rewritten model"):
+        kivi.Session(tiny)
+    with pytest.raises(kivi.UnsupportedModelError, match="got nothing there"):
+        kivi.Session(tmp_path / "absent.onnx")
+    (tmp_path / "model.onnx").write_bytes(tiny.read_bytes()[:2000])
+    with pytest.raises(kivi.UnsupportedModelError, match="expected a model that onnxruntime"):
+        kivi.Session(tmp_path)
+
+
+def test_session_has_what_an_inference_session_has(rewritten: Callable[[int], Path]) -> None:
+    session = kivi.Session(rewritten(8))
+    assert [o.name for o in session.get_outputs()] == ["logits"]
+    assert session.get_providers() == ["CPUExecutionProvider"]
+    with pytest.raises(AttributeError):
+        session.no_such_thing  # noqa: B018

@@ -150,15 +150,16 @@ void import_side(const Layout& layout, unsigned char* block, uint32_t dense, boo
 struct Kernel {
     const char* name;
 
-    // Encode the block_tokens tokens of one row into `block`, which has block_bytes(layout, dense) bytes. Returns the
-    // sides that must be dense; if they are not those of `dense`, `block` is unspecified: allocate anew, call again.
+    // Encode the block_tokens tokens of one row into `block`, which has block_bytes(layout, dense) bytes; `dense`
+    // includes least_dense(layout). Returns the sides that must be dense; if they are not those of `dense`, `block` is
+    // unspecified: allocate anew and call again.
     uint32_t (*encode_block)(const Layout& layout, uint32_t dense, const DenseTokens& tokens, unsigned char* block);
 
     // Decode tokens [begin, end) of all kv heads to f32, in to.key and to.value (written despite the const).
     void (*decode_block)(const Layout& layout, BlockRef block, int64_t begin, int64_t end, const DenseTokens& to);
 
     void (*run_task)(const Attention& attention, const Plan& plan, int64_t task, void* scratch, void* workspace);
-    void (*run_combine)(const Attention& attention, const Plan& plan, int64_t index, const void* workspace);
+    void (*run_combine)(const Attention& attention, const Plan& plan, int64_t index, void* workspace);
 };
 
 // The levels that this machine can run, best first; null-terminated.

@@ -1,0 +1,247 @@
+// The attention tasks: query rows that share a kv head, over a range of the head's tokens, tile by tile
+// (scores, softmax, values), and the combination of split ranges.
+#pragma once
+
+#include "dense.hpp"
+#include "quantized.hpp"
+#include "softmax.hpp"
+
+namespace onnx_kivi::KIVI_ISA {
+
+// Tokens [first, first + tokens) of one kv head: a sealed block, or up to PANEL_TOKENS dense ones.
+struct Tile {
+    int64_t first;
+    int64_t tokens;
+    const BlockRef* block;  // null: all dense
+    const BlockRef* next;   // the block to prefetch meanwhile
+    const float* key;       // where keys are dense
+    const float* value;     // where values are dense
+    int64_t key_stride;
+    int64_t value_stride;
+};
+
+struct Task {
+    const Attention& attention;
+    const Layout& layout;
+    int64_t row;      // of the batch
+    int64_t head;     // kv head
+    int64_t group;    // query heads of it
+    int64_t query;    // first query
+    int64_t queries;  // each of the group's heads: row r of the task is head r / queries, query r % queries
+    int64_t split;
+
+    int64_t rows() const { return group * queries; }
+    int64_t q_head(int64_t r) const { return head * group + r / queries; }
+    int64_t q_token(int64_t r) const { return query + r % queries; }
+    // Keys that query i sees are those in [visible_begin, visible_end).
+    int64_t visible_begin(int64_t i) const {
+        return attention.window > 0 ? attention.past + i - attention.window + 1 : 0;
+    }
+    int64_t visible_end(int64_t i) const {
+        return attention.causal || attention.window > 0 ? attention.past + i + 1 : INT64_MAX;
+    }
+};
+
+struct Memory {
+    Scratch layout;
+    float* base;
+
+    float* query(int64_t r) const { return base + r * layout.query_stride; }
+    float* scores(int64_t r) const { return base + layout.scores + r * layout.scores_stride; }
+    float* sums(int64_t r) const { return base + layout.sums + r * layout.lanes; }
+    float* total(int64_t r) const { return base + layout.total + r * SUM_LANES; }
+    float* peak(int64_t r) const { return base + layout.peak + r; }
+    float* panel() const { return base + layout.panel; }
+    Folded folded(int64_t depth) const {
+        return {reinterpret_cast<int32_t*>(base + layout.weights), base + layout.products, depth / 2, {}, {}};
+    }
+};
+
+static inline Task task_at(const Attention& attention, const Plan& plan, int64_t index) {
+    const Layout& layout = *attention.layout;
+    const int64_t split = index % plan.token_splits;
+    index /= plan.token_splits;
+    const int64_t head = index % layout.shape.kv_heads;
+    index /= layout.shape.kv_heads;
+    const int64_t row = index % attention.rows;
+    const int64_t tile = plan.query_tiles - 1 - index / attention.rows;
+    const int64_t query = tile * plan.tile_queries;
+    const int64_t left = attention.queries - query;
+    return {attention, layout, row, head, attention.q_heads / layout.shape.kv_heads, query,
+            left < plan.tile_queries ? left : plan.tile_queries, split};
+}
+
+static inline int64_t panels(int64_t tokens) { return (tokens + PANEL_TOKENS - 1) / PANEL_TOKENS; }
+
+static inline int64_t tile_count(const RowCache& cache, const DenseTokens& added) {
+    return panels(cache.sinks.tokens) + cache.block_count + panels(cache.residual.tokens) + panels(added.tokens);
+}
+
+static inline Tile dense_tile(const DenseTokens& tokens, int64_t head, int64_t first, int64_t panel) {
+    const int64_t begin = panel * PANEL_TOKENS;
+    const int64_t left = tokens.tokens - begin;
+    return {first + begin,
+            left < PANEL_TOKENS ? left : PANEL_TOKENS,
+            nullptr,
+            nullptr,
+            tokens.key + head * tokens.key_head_stride + begin * tokens.key_token_stride,
+            tokens.value + head * tokens.value_head_stride + begin * tokens.value_token_stride,
+            tokens.key_token_stride,
+            tokens.value_token_stride};
+}
+
+static inline const unsigned char* side_data(const Task& task, const BlockRef* block, bool key) {
+    return block->data + side_offset(task.layout, block->dense, task.head, key);
+}
+
+static inline Tile tile_at(const Task& task, int64_t index) {
+    const RowCache& cache = task.attention.caches[task.row];
+    const DenseTokens& added = task.attention.new_tokens[task.row];
+    const int64_t block_tokens = task.layout.shape.block_tokens;
+    if (index < panels(cache.sinks.tokens)) return dense_tile(cache.sinks, task.head, 0, index);
+    index -= panels(cache.sinks.tokens);
+    int64_t first = cache.sinks.tokens;
+    if (index < cache.block_count) {
+        const BlockRef* block = cache.blocks + index;
+        return {first + index * block_tokens,
+                block_tokens,
+                block,
+                index + 1 < cache.block_count ? block + 1 : block,
+                reinterpret_cast<const float*>(side_data(task, block, true)),
+                reinterpret_cast<const float*>(side_data(task, block, false)),
+                task.layout.shape.k_size,
+                task.layout.shape.v_size};
+    }
+    index -= cache.block_count;
+    first += cache.block_count * block_tokens;
+    if (index < panels(cache.residual.tokens)) return dense_tile(cache.residual, task.head, first, index);
+    index -= panels(cache.residual.tokens);
+    return dense_tile(added, task.head, first + cache.residual.tokens, index);
+}
+
+static inline bool is_visible(const Task& task, const Tile& tile) {
+    return tile.first < task.visible_end(task.query + task.queries - 1) &&
+           tile.first + tile.tokens > task.visible_begin(task.query);
+}
+
+static inline void tile_scores(const Task& task, const Tile& tile, const Memory& memory) {
+    const Side& side = task.layout.key;
+    const Scratch& s = memory.layout;
+    if (tile.block && !side_is_dense(tile.block->dense, true))
+        multiply_quantized<false>(side, side_data(task, tile.block, true), side_data(task, tile.next, true),
+                                  memory.query(0), s.query_stride, int(task.rows()), memory.scores(0), s.scores_stride,
+                                  memory.folded(side.depth_padded));
+    else
+        dense_scores(tile.key, tile.key_stride, tile.tokens, side.size, memory.query(0), s.query_stride, task.rows(),
+                     memory.scores(0), s.scores_stride, memory.panel());
+}
+
+static inline void tile_softmax(const Task& task, const Tile& tile, const Memory& memory) {
+    const Attention& a = task.attention;
+    const int64_t padded = whole_tiles(tile.tokens);
+    for (int64_t r = 0; r < task.rows(); ++r) {
+        float* scores = memory.scores(r);
+        const int64_t i = task.q_token(r);
+        if (a.softcap > 0) cap_scores(scores, padded, a.softcap);
+        if (a.mask)
+            add_mask(scores, tile.tokens,
+                     a.mask + task.row * a.mask_stride[0] + task.q_head(r) * a.mask_stride[1] + i * a.mask_stride[2] +
+                         tile.first * a.mask_stride[3],
+                     a.mask_stride[3]);
+        const int64_t begin = task.visible_begin(i) - tile.first;
+        const int64_t end = task.visible_end(i) - tile.first;
+        hide(scores, 0, begin < tile.tokens ? begin : tile.tokens);
+        hide(scores, end < 0 ? 0 : end < tile.tokens ? end : tile.tokens, padded);
+        exponentials(scores, padded, {memory.peak(r), memory.total(r), memory.sums(r), memory.layout.lanes});
+    }
+}
+
+static inline void tile_values(const Task& task, const Tile& tile, const Memory& memory) {
+    const Side& side = task.layout.value;
+    const Scratch& s = memory.layout;
+    if (tile.block && !side_is_dense(tile.block->dense, false))
+        multiply_quantized<true>(side, side_data(task, tile.block, false), side_data(task, tile.next, false),
+                                 memory.scores(0), s.scores_stride, int(task.rows()), memory.sums(0), s.lanes,
+                                 memory.folded(side.depth_padded));
+    else
+        dense_values(side, tile.value, tile.value_stride, tile.tokens, memory.scores(0), s.scores_stride, task.rows(),
+                     memory.sums(0), s.lanes, memory.panel());
+}
+
+static inline void start_rows(const Task& task, const Memory& memory) {
+    const Attention& a = task.attention;
+    for (int64_t r = 0; r < task.rows(); ++r) {
+        const float* from = a.query + task.row * a.query_row_stride + task.q_head(r) * a.query_head_stride +
+                            task.q_token(r) * a.query_token_stride;
+        float* query = memory.query(r);
+        for (int64_t d = 0; d < memory.layout.query_stride; ++d) query[d] = d < task.layout.key.size ? from[d] * a.scale : 0;
+        std::memset(memory.sums(r), 0, size_t(memory.layout.lanes) * sizeof(float));
+        std::memset(memory.total(r), 0, size_t(SUM_LANES) * sizeof(float));
+        const bool sink = a.head_sink && task.split == 0;
+        *memory.peak(r) = sink ? a.head_sink[task.q_head(r)] : -__builtin_inff();
+        *memory.total(r) = sink;
+    }
+}
+
+static inline void write_row(const Task& task, int64_t r, const float* sums, float total) {
+    const Attention& a = task.attention;
+    const Side& side = task.layout.value;
+    float* to = a.output + task.row * a.output_row_stride + task.q_head(r) * a.output_head_stride +
+                task.q_token(r) * a.output_token_stride;
+    const bool is_nan = !(total > 0);
+    const float factor = is_nan ? __builtin_nanf("") : 1.0f / total;
+    for (int group = 0; group < side.groups; ++group) {
+        const int begin = group * side.group_size;
+        const int count = side.size - begin < side.group_size ? side.size - begin : side.group_size;
+        const float* from = sums + int64_t(group) * side.lanes_padded;
+        for (int i = 0; i < count; ++i) to[begin + i] = is_nan && a.nan_to_zero ? 0 : from[i] * factor;
+    }
+}
+
+static void run_task(const Attention& attention, const Plan& plan, int64_t index, void* scratch, void* workspace) {
+    const Task task = task_at(attention, plan, index);
+    const Memory memory{make_scratch(task.layout, task.group * plan.tile_queries), static_cast<float*>(scratch)};
+    const int64_t tiles = tile_count(attention.caches[task.row], attention.new_tokens[task.row]);
+    start_rows(task, memory);
+    for (int64_t t = tiles * task.split / plan.token_splits; t < tiles * (task.split + 1) / plan.token_splits; ++t) {
+        const Tile tile = tile_at(task, t);
+        if (!is_visible(task, tile)) continue;
+        tile_scores(task, tile, memory);
+        tile_softmax(task, tile, memory);
+        tile_values(task, tile, memory);
+    }
+    const int64_t partial = partial_floats(task.layout);
+    float* to = static_cast<float*>(workspace) + index * task.group * plan.tile_queries * partial;
+    for (int64_t r = 0; r < task.rows(); ++r, to += partial) {
+        const float total = row_total(memory.total(r));
+        if (plan.combines == 0) {
+            write_row(task, r, memory.sums(r), total);
+            continue;
+        }
+        to[0] = *memory.peak(r);
+        to[1] = total;
+        std::memcpy(to + whole_tiles(2), memory.sums(r), size_t(memory.layout.lanes) * sizeof(float));
+    }
+}
+
+static void run_combine(const Attention& attention, const Plan& plan, int64_t index, void* workspace) {
+    const Task task = task_at(attention, plan, index * plan.token_splits);
+    const int64_t partial = partial_floats(task.layout);
+    const int64_t split_stride = task.group * plan.tile_queries * partial;
+    float* first = static_cast<float*>(workspace) + index * plan.token_splits * split_stride;
+    for (int64_t r = 0; r < task.rows(); ++r) {
+        float* whole = first + r * partial;
+        for (int64_t split = 1; split < plan.token_splits; ++split) {
+            float* part = whole + split * split_stride;
+            const float peak = part[0] > whole[0] ? part[0] : whole[0];
+            const float keep = whole[0] == peak ? 1 : exp1(whole[0] - peak);
+            const float take = part[0] == peak ? 1 : exp1(part[0] - peak);
+            whole[0] = peak;
+            whole[1] = whole[1] * keep + part[1] * take;
+            for (int64_t i = whole_tiles(2); i < partial; ++i) whole[i] = whole[i] * keep + part[i] * take;
+        }
+        write_row(task, r, whole + whole_tiles(2), whole[1]);
+    }
+}
+
+}  // namespace onnx_kivi::KIVI_ISA

@@ -1,0 +1,50 @@
+// The vector layer of the level being compiled, and exp and tanh on top of it.
+//
+// Each simd_*.hpp gives: W floats per vector, F (floats), I (int32), M (mask), the arithmetic named after it, and
+//   fma(a, b, c)           a * b + c
+//   max(a, b)              b where either is NaN
+//   select(m, a, b)        a where m
+//   scale_by_power(a, n)   a * 2^n for integral -126 <= n <= 127
+//   load_half(p)           W float16
+//   low_codes<BITS>(c, s)  the BITS bits at bit s of every byte
+// and the integer dot product. A line of codes is 64 bytes = 16 lanes of one quad (4 depths) each; a vector of codes
+// holds W of the lanes. `store_weights` turns W integers |w| <= MAX_WEIGHT into W / 4 quads of two int32 each, which
+// `dot` multiplies with a quad of every lane. Sums are exact as long as they fit in int32.
+#pragma once
+
+#if defined(__AVX512F__)
+#include "simd_avx512.hpp"
+#elif defined(__AVX2__)
+#include "simd_avx2.hpp"
+#elif defined(__SSE2__)
+#include "simd_sse2.hpp"
+#else
+#include "simd_neon.hpp"
+#endif
+
+namespace onnx_kivi::KIVI_ISA {
+
+// exp(x) to 1 unit in the last place for x <= 88; 0 below the smallest normal result. NaN stays NaN.
+static inline F exp(F x) {
+    const F n = round(mul(x, set1(0x1.715476p0f)));
+    F r = fma(n, set1(-0x1.62e4p-1f), x);
+    r = fma(n, set1(-0x1.7f7d1cp-20f), r);
+    F p = set1(0x1.686a72p-10f);
+    p = fma(p, r, set1(0x1.125118p-7f));
+    p = fma(p, r, set1(0x1.555c0ep-5f));
+    p = fma(p, r, set1(0x1.55546cp-3f));
+    p = fma(p, r, set1(0x1.fffff6p-2f));
+    p = fma(p, r, set1(1));
+    p = fma(p, r, set1(1));
+    return select(greater(set1(-87.3f), x), set1(0), scale_by_power(p, n));
+}
+
+static inline F tanh(F x) {
+    const F size = abs(x);
+    const F capped = select(greater(size, set1(20)), set1(20), size);
+    const F e = exp(add(capped, capped));
+    const F t = sub(set1(1), div(set1(2), add(e, set1(1))));
+    return select(greater(set1(0), x), sub(set1(0), t), t);
+}
+
+}  // namespace onnx_kivi::KIVI_ISA

@@ -1,0 +1,103 @@
+// Vectors of 16 floats: x86-64-v4, with or without VNNI. See simd.hpp for what each function means.
+#pragma once
+
+#include <cstdint>
+
+// GCC 12 takes its own header's _mm512_undefined_ps() for a mistake of ours (GCC bug 105593).
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#include <immintrin.h>
+#pragma GCC diagnostic pop
+#else
+#include <immintrin.h>
+#endif
+
+namespace onnx_kivi::KIVI_ISA {
+
+constexpr int W = 16;
+constexpr int REGISTERS = 32;
+using F = __m512;
+using I = __m512i;
+using M = __mmask16;
+
+static inline F load(const float* p) { return _mm512_loadu_ps(p); }
+static inline void store(float* p, F a) { _mm512_storeu_ps(p, a); }
+static inline F set1(float x) { return _mm512_set1_ps(x); }
+static inline F add(F a, F b) { return _mm512_add_ps(a, b); }
+static inline F sub(F a, F b) { return _mm512_sub_ps(a, b); }
+static inline F mul(F a, F b) { return _mm512_mul_ps(a, b); }
+static inline F div(F a, F b) { return _mm512_div_ps(a, b); }
+static inline F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
+static inline F max(F a, F b) { return _mm512_max_ps(a, b); }
+static inline F abs(F a) { return _mm512_abs_ps(a); }
+static inline float reduce_add(F a) { return _mm512_reduce_add_ps(a); }
+static inline float reduce_max(F a) { return _mm512_reduce_max_ps(a); }
+static inline M greater(F a, F b) { return _mm512_cmp_ps_mask(a, b, _CMP_GT_OQ); }
+static inline bool any(M m) { return m != 0; }
+static inline F select(M m, F a, F b) { return _mm512_mask_blend_ps(m, b, a); }
+static inline F round(F a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+static inline F scale_by_power(F a, F n) { return _mm512_scalef_ps(a, n); }
+static inline F load_half(const uint16_t* p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p)); }
+static inline I to_int(F a) { return _mm512_cvtps_epi32(a); }
+static inline F to_float(I a) { return _mm512_cvtepi32_ps(a); }
+
+static inline I load_codes(const unsigned char* p) { return _mm512_load_si512(p); }
+template <int BITS>
+static inline I low_codes(I codes, int shift) {
+    return _mm512_and_si512(_mm512_srli_epi16(codes, unsigned(shift)), _mm512_set1_epi8((1 << BITS) - 1));
+}
+
+#if defined(__AVX512VNNI__)
+// A weight is 256 * high + low, both int8.
+constexpr float MAX_WEIGHT = 127 * 256 + 127;
+struct Codes {
+    I bytes;
+};
+struct Sum {
+    I high, low;
+};
+static inline Codes prepare(I codes) { return {codes}; }
+static inline Sum zero_sum() { return {_mm512_setzero_si512(), _mm512_setzero_si512()}; }
+static inline void dot(Sum& sum, Codes codes, const int32_t* weights) {
+    sum.high = _mm512_dpbusd_epi32(sum.high, codes.bytes, _mm512_set1_epi32(weights[0]));
+    sum.low = _mm512_dpbusd_epi32(sum.low, codes.bytes, _mm512_set1_epi32(weights[1]));
+}
+static inline F sum_to_float(Sum sum) {
+    return to_float(_mm512_add_epi32(_mm512_slli_epi32(sum.high, 8), sum.low));
+}
+static inline void store_weights(int32_t* to, I weights) {
+    const I carried = _mm512_add_epi32(weights, _mm512_set1_epi32(128));
+    const I order = _mm512_broadcast_i32x4(_mm_setr_epi8(1, 5, 9, 13, 0, 4, 8, 12, -1, -1, -1, -1, -1, -1, -1, -1));
+    const I bytes = _mm512_xor_si512(_mm512_shuffle_epi8(carried, order), _mm512_set1_epi64(int64_t(0x8080808000000000)));
+    const I packed = _mm512_permutexvar_epi64(_mm512_setr_epi64(0, 2, 4, 6, 0, 2, 4, 6), bytes);
+    _mm256_storeu_si256((__m256i*)to, _mm512_castsi512_si256(packed));
+}
+#else
+// A weight is an int16; a quad's even depths come first, then its odd ones.
+constexpr float MAX_WEIGHT = 32767;
+struct Codes {
+    I even, odd;
+};
+struct Sum {
+    I total;
+};
+static inline Codes prepare(I codes) {
+    return {_mm512_and_si512(codes, _mm512_set1_epi16(0xff)), _mm512_srli_epi16(codes, 8)};
+}
+static inline Sum zero_sum() { return {_mm512_setzero_si512()}; }
+static inline void dot(Sum& sum, Codes codes, const int32_t* weights) {
+    const I even = _mm512_madd_epi16(codes.even, _mm512_set1_epi32(weights[0]));
+    const I odd = _mm512_madd_epi16(codes.odd, _mm512_set1_epi32(weights[1]));
+    sum.total = _mm512_add_epi32(sum.total, _mm512_add_epi32(even, odd));
+}
+static inline F sum_to_float(Sum sum) { return to_float(sum.total); }
+static inline void store_weights(int32_t* to, I weights) {
+    const I order = _mm512_broadcast_i32x4(_mm_setr_epi8(0, 1, 8, 9, 4, 5, 12, 13, -1, -1, -1, -1, -1, -1, -1, -1));
+    const I packed = _mm512_permutexvar_epi64(_mm512_setr_epi64(0, 2, 4, 6, 0, 2, 4, 6), _mm512_shuffle_epi8(weights, order));
+    _mm256_storeu_si256((__m256i*)to, _mm512_castsi512_si256(packed));
+}
+#endif
+
+}  // namespace onnx_kivi::KIVI_ISA

@@ -1,0 +1,76 @@
+// Vectors of 4 floats: arm64 with the dot product extension. See simd.hpp for what each function means.
+#pragma once
+
+#include <arm_neon.h>
+
+#include <cstdint>
+
+namespace onnx_kivi::KIVI_ISA {
+
+constexpr int W = 4;
+constexpr int REGISTERS = 32;
+using F = float32x4_t;
+using I = int32x4_t;
+using M = uint32x4_t;
+
+static inline F load(const float* p) { return vld1q_f32(p); }
+static inline void store(float* p, F a) { vst1q_f32(p, a); }
+static inline F set1(float x) { return vdupq_n_f32(x); }
+static inline F add(F a, F b) { return vaddq_f32(a, b); }
+static inline F sub(F a, F b) { return vsubq_f32(a, b); }
+static inline F mul(F a, F b) { return vmulq_f32(a, b); }
+static inline F div(F a, F b) { return vdivq_f32(a, b); }
+static inline F fma(F a, F b, F c) { return vfmaq_f32(c, a, b); }
+static inline M greater(F a, F b) { return vcgtq_f32(a, b); }
+static inline F select(M m, F a, F b) { return vbslq_f32(m, a, b); }
+static inline F max(F a, F b) { return select(greater(a, b), a, b); }
+static inline F abs(F a) { return vabsq_f32(a); }
+static inline float reduce_add(F a) { return vaddvq_f32(a); }
+static inline float reduce_max(F a) { return vmaxvq_f32(a); }
+static inline bool any(M m) { return vmaxvq_u32(m) != 0; }
+static inline F round(F a) { return vrndnq_f32(a); }
+static inline F scale_by_power(F a, F n) {
+    const I power = vshlq_n_s32(vaddq_s32(vcvtnq_s32_f32(n), vdupq_n_s32(127)), 23);
+    return vmulq_f32(a, vreinterpretq_f32_s32(power));
+}
+static inline F load_half(const uint16_t* p) { return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p))); }
+static inline I to_int(F a) { return vcvtnq_s32_f32(a); }
+static inline F to_float(I a) { return vcvtq_f32_s32(a); }
+
+static inline I load_codes(const unsigned char* p) { return vreinterpretq_s32_u8(vld1q_u8(p)); }
+template <int BITS>
+static inline I low_codes(I codes, int shift) {
+    const uint8x16_t moved = vshlq_u8(vreinterpretq_u8_s32(codes), vdupq_n_s8(int8_t(-shift)));
+    return vreinterpretq_s32_u8(vandq_u8(moved, vdupq_n_u8((1 << BITS) - 1)));
+}
+
+// A weight is 256 * high + low, both int8. The dot product has no mixed signs: codes are taken less 128, and the
+// weights' own sum, times 128, is put back by a third product with the constant 128 = 64 + 64.
+constexpr float MAX_WEIGHT = 127 * 256 + 127;
+struct Codes {
+    int8x16_t bytes;
+};
+struct Sum {
+    I high, low;
+};
+static inline Codes prepare(I codes) {
+    return {vreinterpretq_s8_u8(veorq_u8(vreinterpretq_u8_s32(codes), vdupq_n_u8(0x80)))};
+}
+static inline Sum zero_sum() { return {vdupq_n_s32(0), vdupq_n_s32(0)}; }
+static inline void dot(Sum& sum, Codes codes, const int32_t* weights) {
+    const int8x16_t half = vdupq_n_s8(64);
+    const int8x16_t high = vreinterpretq_s8_s32(vdupq_n_s32(weights[0]));
+    const int8x16_t low = vreinterpretq_s8_s32(vdupq_n_s32(weights[1]));
+    sum.high = vdotq_s32(vdotq_s32(vdotq_s32(sum.high, codes.bytes, high), half, high), half, high);
+    sum.low = vdotq_s32(vdotq_s32(vdotq_s32(sum.low, codes.bytes, low), half, low), half, low);
+}
+static inline F sum_to_float(Sum sum) { return to_float(vaddq_s32(vshlq_n_s32(sum.high, 8), sum.low)); }
+static inline void store_weights(int32_t* to, I weights) {
+    const I carried = vaddq_s32(weights, vdupq_n_s32(128));
+    const int8x8_t high = vmovn_s16(vcombine_s16(vmovn_s32(vshrq_n_s32(carried, 8)), vdup_n_s16(0)));
+    const int8x8_t low = vmovn_s16(vcombine_s16(vmovn_s32(weights), vdup_n_s16(0)));
+    to[0] = vget_lane_s32(vreinterpret_s32_s8(high), 0);
+    to[1] = vget_lane_s32(vreinterpret_s32_s8(low), 0);
+}
+
+}  // namespace onnx_kivi::KIVI_ISA

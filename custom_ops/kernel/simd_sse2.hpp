@@ -1,0 +1,79 @@
+// Vectors of 4 floats: the x86-64 baseline, SSE2. See simd.hpp for what each function means.
+#pragma once
+
+#include <emmintrin.h>
+
+#include <cstdint>
+
+namespace onnx_kivi::KIVI_ISA {
+
+constexpr int W = 4;
+constexpr int REGISTERS = 16;
+using F = __m128;
+using I = __m128i;
+using M = __m128;
+
+static inline F load(const float* p) { return _mm_loadu_ps(p); }
+static inline void store(float* p, F a) { _mm_storeu_ps(p, a); }
+static inline F set1(float x) { return _mm_set1_ps(x); }
+static inline F add(F a, F b) { return _mm_add_ps(a, b); }
+static inline F sub(F a, F b) { return _mm_sub_ps(a, b); }
+static inline F mul(F a, F b) { return _mm_mul_ps(a, b); }
+static inline F div(F a, F b) { return _mm_div_ps(a, b); }
+static inline F fma(F a, F b, F c) { return _mm_add_ps(_mm_mul_ps(a, b), c); }
+static inline F max(F a, F b) { return _mm_max_ps(a, b); }
+static inline F abs(F a) { return _mm_andnot_ps(_mm_set1_ps(-0.0f), a); }
+static inline float reduce_add(F a) {
+    const F pair = _mm_add_ps(a, _mm_movehl_ps(a, a));
+    return _mm_cvtss_f32(_mm_add_ss(pair, _mm_shuffle_ps(pair, pair, 1)));
+}
+static inline float reduce_max(F a) {
+    const F pair = _mm_max_ps(a, _mm_movehl_ps(a, a));
+    return _mm_cvtss_f32(_mm_max_ss(pair, _mm_shuffle_ps(pair, pair, 1)));
+}
+static inline M greater(F a, F b) { return _mm_cmpgt_ps(a, b); }
+static inline bool any(M m) { return _mm_movemask_ps(m) != 0; }
+static inline F select(M m, F a, F b) { return _mm_or_ps(_mm_and_ps(m, a), _mm_andnot_ps(m, b)); }
+static inline F round(F a) { return _mm_cvtepi32_ps(_mm_cvtps_epi32(a)); }
+static inline F scale_by_power(F a, F n) {
+    return _mm_mul_ps(a, _mm_castsi128_ps(_mm_slli_epi32(_mm_add_epi32(_mm_cvtps_epi32(n), _mm_set1_epi32(127)), 23)));
+}
+static inline F load_half(const uint16_t* p) {
+    const I half = _mm_unpacklo_epi16(_mm_loadl_epi64((const __m128i*)p), _mm_setzero_si128());
+    const I magnitude = _mm_slli_epi32(_mm_and_si128(half, _mm_set1_epi32(0x7fff)), 13);
+    const I sign = _mm_slli_epi32(_mm_and_si128(half, _mm_set1_epi32(0x8000)), 16);
+    return _mm_or_ps(_mm_mul_ps(_mm_castsi128_ps(magnitude), _mm_set1_ps(0x1p112f)), _mm_castsi128_ps(sign));
+}
+static inline I to_int(F a) { return _mm_cvtps_epi32(a); }
+static inline F to_float(I a) { return _mm_cvtepi32_ps(a); }
+
+static inline I load_codes(const unsigned char* p) { return _mm_load_si128((const __m128i*)p); }
+template <int BITS>
+static inline I low_codes(I codes, int shift) {
+    return _mm_and_si128(_mm_srli_epi16(codes, shift), _mm_set1_epi8((1 << BITS) - 1));
+}
+
+// A weight is an int16; a quad's even depths come first, then its odd ones.
+constexpr float MAX_WEIGHT = 32767;
+struct Codes {
+    I even, odd;
+};
+struct Sum {
+    I total;
+};
+static inline Codes prepare(I codes) {
+    return {_mm_and_si128(codes, _mm_set1_epi16(0xff)), _mm_srli_epi16(codes, 8)};
+}
+static inline Sum zero_sum() { return {_mm_setzero_si128()}; }
+static inline void dot(Sum& sum, Codes codes, const int32_t* weights) {
+    const I even = _mm_madd_epi16(codes.even, _mm_set1_epi32(weights[0]));
+    const I odd = _mm_madd_epi16(codes.odd, _mm_set1_epi32(weights[1]));
+    sum.total = _mm_add_epi32(sum.total, _mm_add_epi32(even, odd));
+}
+static inline F sum_to_float(Sum sum) { return to_float(sum.total); }
+static inline void store_weights(int32_t* to, I weights) {
+    const I even_odd = _mm_shuffle_epi32(weights, _MM_SHUFFLE(3, 1, 2, 0));
+    _mm_storel_epi64((__m128i*)to, _mm_packs_epi32(even_odd, even_odd));
+}
+
+}  // namespace onnx_kivi::KIVI_ISA

@@ -9,7 +9,7 @@ import onnx
 import onnxruntime as ort
 import onnxruntime_extensions
 
-from ..errors import BackendUnavailableError, ConfigError, KiviError
+from ..errors import BackendUnavailableError, ConfigError
 from . import host as python_host
 from .backend import Backend
 from .select import get_backend

@@ -1,0 +1,90 @@
+"""Float64 oracle: attention on plain arrays, written out literally, and a decoder of the canonical cache layout.
+
+Shares no code with the package, so that both can't be wrong in the same way.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from onnx_kivi.runtime.backend import QuantizedBlock, RowState
+from onnx_kivi.spec import SdpaAttributes
+
+Array = npt.NDArray[Any]
+
+
+def attention(
+    attributes: SdpaAttributes, position: int, q: Array, k: Array, v: Array, mask: Array | None, head_sink: Array | None
+) -> Array:
+    """Output (Hq, S, Dv) of queries (Hq, S, Dk), the first at `position`, over keys (Hkv, T, Dk), values (Hkv, T, Dv).
+
+    A mask value that swallows the score in float32 (the finite fills that exporters write) does so here too.
+    """
+    queries, tokens = q.shape[1], k.shape[1]
+    group = q.shape[0] // k.shape[0]
+    k, v = np.repeat(k.astype(np.float64), group, 0), np.repeat(v.astype(np.float64), group, 0)
+    with np.errstate(all="ignore"):
+        scores = np.einsum("hsd,htd->hst", q.astype(np.float64), k) * attributes.scale
+        if attributes.softcap:
+            scores = attributes.softcap * np.tanh(scores / attributes.softcap)
+        if mask is not None:
+            rounded = (scores.astype(np.float32) + mask).astype(np.float64)
+            scores = np.where(mask < -1e30, rounded, scores + mask)
+        for i in range(queries):
+            for j in range(tokens):
+                ahead = (attributes.is_causal or attributes.window) and j > position + i
+                behind = attributes.window and j <= position + i - attributes.window
+                if ahead or behind:
+                    scores[:, i, j] = -np.inf
+        if head_sink is not None:
+            column = np.broadcast_to(head_sink.astype(np.float64)[:, None, None], (q.shape[0], queries, 1))
+            scores = np.concatenate((scores, column), axis=-1)
+        if scores.shape[-1] == 0:
+            return np.zeros((q.shape[0], queries, v.shape[2]))
+        p = np.exp(scores - scores.max(-1, keepdims=True))
+        p /= p.sum(-1, keepdims=True)
+        if attributes.nan_to_zero:
+            p = np.where(np.isnan(p), 0, p)
+        return np.einsum("hst,htd->hsd", p[..., :tokens], v)
+
+
+def decoded(attributes: SdpaAttributes, row: RowState) -> tuple[Array, Array]:
+    """Keys (Hkv, T, Dk) and values (Hkv, T, Dv) that a row stands for, float64."""
+    keys, values = [row.sink_key], [row.sink_value]
+    for block in row.blocks:
+        keys.append(_keys(block.key, attributes.k_bits, attributes.block_tokens))
+        values.append(_values(block.value, attributes.v_bits, row.sink_value.shape[2], attributes.v_group_size))
+    keys.append(row.residual_key)
+    values.append(row.residual_value)
+    return np.concatenate(keys, 1).astype(np.float64), np.concatenate(values, 1).astype(np.float64)
+
+
+def codes(packed: Array, bits: int, count: int) -> Array:
+    """The codes of each packed row, lowest bits first."""
+    by_bit = np.unpackbits(packed, axis=-1, bitorder="little")[..., : count * bits]
+    return by_bit.reshape(*packed.shape[:-1], count, bits) @ (1 << np.arange(bits))
+
+
+def _keys(side: Any, bits: int, tokens: int) -> Array:
+    if not isinstance(side, QuantizedBlock):
+        return side
+    return np.swapaxes(
+        side.lo[..., None].astype(np.float64)
+        + side.scale[..., None].astype(np.float64) * codes(side.codes, bits, tokens),
+        1,
+        2,
+    )
+
+
+def _values(side: Any, bits: int, size: int, group_size: int) -> Array:
+    if not isinstance(side, QuantizedBlock):
+        return side
+    values = codes(side.codes, bits, size).astype(np.float64)
+    for channel in range(size):
+        group = channel // group_size if group_size else 0
+        lo, scale = side.lo[..., group].astype(np.float64), side.scale[..., group].astype(np.float64)
+        values[..., channel] = lo + scale * values[..., channel]
+    return values

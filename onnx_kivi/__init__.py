@@ -1,1 +1,51 @@
 """Makes the KV cache of any exported ONNX decoder small and fast: 8, 4 or 2 bits inside the process (KIVI)."""
+
+from __future__ import annotations
+
+from importlib.metadata import PackageNotFoundError, version
+
+from .config import KiviConfig
+from .errors import (
+    BackendUnavailableError,
+    CacheError,
+    ConfigError,
+    KiviError,
+    SpecMismatchError,
+    UnsupportedModelError,
+)
+from .graph import load, save
+from .inspector import Report, inspect
+from .rewriter import rewrite
+from .runtime.cache import Cache
+from .runtime.hosts import library_path, register
+from .runtime.quantize import quant_dequant
+from .session import Session
+from .verify import Verification, verify
+
+try:
+    __version__ = version("onnx_kivi")
+except PackageNotFoundError:
+    __version__ = "0+uninstalled"
+
+__all__ = [
+    "BackendUnavailableError",
+    "Cache",
+    "CacheError",
+    "ConfigError",
+    "KiviConfig",
+    "KiviError",
+    "Report",
+    "Session",
+    "SpecMismatchError",
+    "UnsupportedModelError",
+    "Verification",
+    "__version__",
+    "inspect",
+    "library_path",
+    "load",
+    "quant_dequant",
+    "register",
+    "rewrite",
+    "save",
+    "verify",
+]

@@ -9,6 +9,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from pydoc_data.topics import topics
 from typing import Any
 
 import numpy as np
@@ -24,12 +25,12 @@ from .progress import Progress, silent
 from .rewriter import rewrite
 from .session import Session, open_model
 from .spec import DENSE_BITS
-from .tokenizer import Tokenizer, chat
+from .tokenizer import Tokenizer
 from .verify import Verification, verify
 
 CONTEXT_TOKENS = 1100
-TOPIC = "pass"
-QUESTION = "According to the documentation above, what does the pass statement do, and when is it useful?"
+TOPIC = "break"
+QUESTION = "What does the break statement do?"
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -87,7 +88,7 @@ def run(*, bits: int = 8, max_new_tokens: int = 48, progress: Progress = silent)
     built = smollm2.build(progress=progress)
     report = inspect(built.model)
     tokenizer = Tokenizer.load(built.tokenizer)
-    prompt = tokenizer.encode(chat(f"{document_about(TOPIC, tokenizer)}\n\n{QUESTION}"))
+    prompt = tokenizer.encode(smollm2.chat_prompt(QUESTION, document_about(TOPIC, tokenizer)))
     with tempfile.TemporaryDirectory(dir=built.model.parent, prefix=".demo-") as folder:
         progress("rewriting", 0.0)
         checks, paths = [], []
@@ -136,24 +137,16 @@ def side_by_side(
     return runners[0].result(), runners[1].result()
 
 
-def document() -> str:
+def document(*, without: str = "") -> str:
     """English text that every Python has: the documentation of its language, about 110,000 tokens."""
-    from pydoc_data.topics import topics
-
-    return "\n\n".join(topics[name] for name in sorted(topics))
+    return "\n\n".join(topics[name] for name in sorted(topics) if name != without)
 
 
 def document_about(topic: str, tokenizer: Tokenizer) -> str:
-    """At least CONTEXT_TOKENS tokens of documentation, the topic first."""
-    from pydoc_data.topics import topics
-
-    text = ""
-    for name in (topic, *sorted(topics)):
-        text += topics[name] + "\n\n"
-        ids = tokenizer.encode(text)
-        if len(ids) >= CONTEXT_TOKENS:
-            return tokenizer.decode(ids[:CONTEXT_TOKENS])
-    return text
+    """CONTEXT_TOKENS tokens of documentation; what it says of the topic comes last."""
+    own = tokenizer.encode(topics[topic])
+    other = tokenizer.encode(document(without=topic))[: max(0, CONTEXT_TOKENS - len(own))]
+    return f"{tokenizer.decode(other)}\n\n{topics[topic]}"
 
 
 class _Runner:

@@ -1,4 +1,4 @@
-"""How long work says where it is: a callable that takes what is being done and how far it is (0 to 1; 1 ends it)."""
+"""How long work says where it is: a callable that takes what is being done (nothing: all done) and how far (0 to 1)."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ def progress_bar(console: Console) -> Iterator[Progress]:
     if not console.is_terminal:
         said: list[str] = []
 
-        def line(what: str, fraction: float) -> None:
-            if fraction < 1 and said[-1:] != [what]:
+        def line(what: str, fraction: float) -> None:  # noqa: ARG001
+            if what and said[-1:] != [what]:
                 said.append(what)
                 console.print(what, markup=False, highlight=False)
 
@@ -35,7 +35,7 @@ def progress_bar(console: Console) -> Iterator[Progress]:
 
         def update(what: str, fraction: float) -> None:
             bar.update(task, description=what, completed=fraction)
-            if fraction >= 1:
+            if not what:
                 bar.stop()
 
         yield update

@@ -1,1 +1,57 @@
-"""Attention families: each module finds one form of `<KV-cache concat -> attention>` and returns the same Site."""
+"""The attention families. To add one, write a module with these names and put it into FAMILIES below:
+
+FAMILY: its name. ANCHORS: the operators ("Softmax", "com.microsoft.GroupQueryAttention") it is found by. PORTS: its
+operators that join past and new themselves, each with the past inputs, present outputs and token axis; Concat is
+known already. match(decoder, node) -> Site | Miss | None: called for every anchor; None if the node is no attention
+over a cache, a Miss if it is one but a guard fails. A family reads the `Decoder`, returns values and changes nothing;
+`layer` is filled in by the inspector. Nodes that must be emitted in front of the op go into `Site.prologue`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Protocol
+
+from ..graph import Node
+from . import decomposed, onnx_attention
+from .decoder import Cache, Decoder, Port, read_decoder
+from .site import Added, Filled, MaskTerm, Miss, NewConstant, NewNode, Operand, Site
+
+
+class Family(Protocol):
+    """What a family module offers."""
+
+    @property
+    def FAMILY(self) -> str:  # noqa: N802
+        """Its name."""
+
+    @property
+    def ANCHORS(self) -> tuple[str, ...]:  # noqa: N802
+        """Operators it is found by."""
+
+    @property
+    def PORTS(self) -> Mapping[str, tuple[Port, ...]]:  # noqa: N802
+        """Its operators that join past and new."""
+
+    def match(self, decoder: Decoder, node: Node) -> Site | Miss | None:
+        """The site at `node`; see the module's docstring."""
+
+
+FAMILIES: tuple[Family, ...] = (decomposed, onnx_attention)
+
+__all__ = [
+    "FAMILIES",
+    "Added",
+    "Cache",
+    "Decoder",
+    "Family",
+    "Filled",
+    "MaskTerm",
+    "Miss",
+    "NewConstant",
+    "NewNode",
+    "Operand",
+    "Port",
+    "Site",
+    "read_decoder",
+]

@@ -1,0 +1,34 @@
+"""Reading, indexing, understanding and writing ONNX graphs; the only part that imports onnx and onnx_graphsurgeon."""
+
+from .dims import Dim, substitute, symbol
+from .edit import Edit, apply, fingerprint, set_attribute
+from .files import load, save
+from .schemas import register_schemas
+from .shapes import Shape, Shapes, Source, infer_shapes
+from .text import parse_model
+from .view import BOOL, FLOATS, Array, Graph, Model, Node, element_name
+
+__all__ = [
+    "BOOL",
+    "FLOATS",
+    "Array",
+    "Dim",
+    "Edit",
+    "Graph",
+    "Model",
+    "Node",
+    "Shape",
+    "Shapes",
+    "Source",
+    "apply",
+    "element_name",
+    "fingerprint",
+    "infer_shapes",
+    "load",
+    "parse_model",
+    "register_schemas",
+    "save",
+    "set_attribute",
+    "substitute",
+    "symbol",
+]

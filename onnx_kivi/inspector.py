@@ -1,0 +1,180 @@
+"""What a model is: its attention sites over caches, and everything that looks like one and is not, with reasons.
+
+Reads a model, never changes it. A site is reported only if it can be cut out whole: see `plan`.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from .errors import UnsupportedModelError
+from .graph import Graph, Model, load
+from .graph.dims import TooComplexError
+from .patterns import FAMILIES, Cache, Decoder, Miss, Port, Site, read_decoder
+from .plan import Plan, make_plan, misses
+from .spec import DOMAIN
+
+OPSETS = range(11, 27)
+
+
+@dataclass(frozen=True)
+class Report:
+    """Sites and misses of one model. `element` is the type of its caches; `str()` is a table for people."""
+
+    sites: tuple[Site, ...]
+    misses: tuple[Miss, ...]
+    element: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as JSON-able data."""
+        return {
+            "sites": [site.to_dict() for site in self.sites],
+            "misses": [{"node": miss.node, "reason": miss.reason} for miss in self.misses],
+            "element": self.element,
+        }
+
+    def __str__(self) -> str:
+        head = ("layer", "family", "heads", "head size", "scale", "mask terms", "node")
+        rows = [head, *map(_row, self.sites)]
+        widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
+        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+        if not self.sites:
+            lines = ["no attention over a cache was matched"]
+        lines += [f"missed {miss.node}: {miss.reason}" for miss in self.misses]
+        return "\n".join(lines)
+
+
+def _row(site: Site) -> tuple[str, ...]:
+    heads = f"{site.q_heads}/{site.kv_heads}"
+    sizes = f"{site.k_head_size or '?'}/{site.v_head_size or '?'}"
+    terms = ["causal"] * site.is_causal + [f"window {site.window}"] * bool(site.window)
+    terms += [f"softcap {site.softcap:g}"] * bool(site.softcap) + ["sinks"] * bool(site.head_sink)
+    terms += [f"{len(site.mask)} tensor{'s' * (len(site.mask) > 1)}"] * bool(site.mask)
+    return (str(site.layer), site.family, heads, sizes, f"{site.scale:.6g}", ", ".join(terms) or "none", site.node)
+
+
+@dataclass(frozen=True)
+class Findings:
+    """What the rewriter needs beside the report."""
+
+    decoder: Decoder
+    plan: Plan
+    report: Report
+
+
+def inspect(model: Model | str | os.PathLike[str]) -> Report:
+    """Sites and misses of a model or model file. Raises UnsupportedModelError if it is no model to look into."""
+    return examine(model if isinstance(model, Model) else load(model)).report
+
+
+def examine(model: Model) -> Findings:
+    """The report, with the decoder and the plan that it rests on."""
+    _check_versions(model)
+    graph = Graph(model)
+    if any(node.op.startswith(f"{DOMAIN}.") for node in graph.nodes):
+        raise UnsupportedModelError(f"the model has {DOMAIN} nodes: it is already rewritten; start from the original")
+    ports: dict[str, tuple[Port, ...]] = {op: ports for family in FAMILIES for op, ports in family.PORTS.items()}
+    decoder = read_decoder(graph, ports)
+    found = list(_matches(decoder))
+    sites = [site for site in found if isinstance(site, Site)]
+    missed = [miss for miss in found if isinstance(miss, Miss)]
+    plan = Plan({}, {})
+    while sites:
+        refused = _mixed_layers(sites) or misses(decoder, sites)
+        if not refused:
+            planned = make_plan(decoder, sites)
+            if isinstance(planned, Plan):
+                plan = planned
+                break
+            refused = dict.fromkeys(range(len(sites)), planned)
+        missed += dict.fromkeys(refused.values())
+        sites = [site for i, site in enumerate(sites) if i not in refused]
+    missed += _unmatched(decoder, sites, bool(missed))
+    sites = _numbered(sites)
+    element = sites[0].element if sites else "float"
+    return Findings(decoder, plan, Report(tuple(sites), tuple(missed), element))
+
+
+def _check_versions(model: Model) -> None:
+    versions = {o.domain or "ai.onnx": o.version for o in model.opset_import}
+    opset = versions.get("ai.onnx")
+    if opset not in OPSETS:
+        raise UnsupportedModelError(
+            f"opset: expected ai.onnx {OPSETS.start} to {OPSETS.stop - 1} (softmax and shapes mean other things "
+            f"outside), got {opset}; export again or convert with onnx.version_converter"
+        )
+
+
+def _matches(decoder: Decoder) -> Iterator[Site | Miss]:
+    for node in decoder.graph.nodes:
+        for family in FAMILIES:
+            if node.op in family.ANCHORS:
+                try:
+                    found = family.match(decoder, node)
+                except TooComplexError as error:
+                    found = Miss(node.name, str(error))
+                if found is not None:
+                    yield found
+
+
+def _mixed_layers(sites: Sequence[Site]) -> dict[int, Miss]:
+    """The sites whose caches are named as keys and values of different layers, by position."""
+    return {
+        i: Miss(site.node, f"keys and values come from caches of different layers: {', '.join(site.cache_inputs)}")
+        for i, site in enumerate(sites)
+        if len({_layer(name) for name in site.cache_inputs} - {None}) > 1
+    }
+
+
+def _layer(name: str) -> int | None:
+    number = re.search(r"\d+", name)
+    return int(number[0]) if number else None
+
+
+def _numbered(sites: Sequence[Site]) -> list[Site]:
+    layers = [_layer(site.cache_inputs[0]) for site in sites]
+    named = [layer for layer in layers if layer is not None]
+    numbers = named if len(set(named)) == len(sites) else range(len(sites))
+    return [replace(site, layer=layer) for site, layer in zip(sites, numbers, strict=True)]
+
+
+def _unmatched(decoder: Decoder, sites: Sequence[Site], explained: bool) -> Iterator[Miss]:
+    """A miss for each cache that no site took, unless a family has said why."""
+    taken = {name for site in sites for name in site.cache_inputs}
+    left = [cache for cache in decoder.caches.values() if cache.input not in taken]
+    if not explained:
+        for cache in left:
+            yield Miss(cache.input, _unread(decoder, cache))
+    for name in decoder.unjoined:
+        reader = next((n for n in decoder.graph.consumers(name) if n.op != "Shape"), None)
+        if reader is None or not _grows(decoder, name):
+            continue
+        yield Miss(name, f"{reader} reads it before it is joined with new tokens; expected Concat or attention")
+    if not (left or sites or decoder.unjoined):
+        yield Miss("model", "no input is a cache: none is joined with new tokens; export the decoder with past inputs")
+
+
+def _unread(decoder: Decoder, cache: Cache) -> str:
+    readers = [n for n in decoder.graph.consumers(cache.joined) if n.op != "Shape" and n.index not in cache.nodes]
+    if not readers:
+        return "a cache that nothing reads"
+    return f"a cache that {readers[0]} reads; no attention family knows what follows"
+
+
+def _grows(decoder: Decoder, name: str) -> bool:
+    """Whether what a cache input becomes leaves the model again, as a growing cache does and an encoder's does not."""
+    stop = ("MatMul", "Gemm", "Softmax", "Attention", "com.microsoft.FusedMatMul", "Shape")
+    pending, seen = [(name, False)], {name}
+    while pending:
+        tensor, changed = pending.pop()
+        if tensor in decoder.graph.outputs and changed:
+            return True
+        for node in decoder.graph.consumers(tensor):
+            if node.op not in stop:
+                pending += [(out, changed or node.op != "Identity") for out in node.outputs if out not in seen]
+                seen.update(node.outputs)
+    return False

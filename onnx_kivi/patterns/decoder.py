@@ -1,0 +1,128 @@
+"""What a family sees of a model: the graph, its shapes, and the caches found in it.
+
+A cache is a float graph input whose data is joined with new tokens along one axis: by a Concat whose first part it
+is, or inside a node that takes past and gives present (the `Port`s that families declare).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
+from ..graph import FLOATS, Graph, Node, Shape, Shapes, element_name, infer_shapes, symbol
+
+PAST_LENGTH = "onnx_kivi.past_length"
+PASSES_ON = ("Identity", "Cast")
+
+
+@dataclass(frozen=True, slots=True)
+class Port:
+    """An operator that joins past and new itself: index of the past input, of the present output, the tokens' axis."""
+
+    past: int
+    present: int
+    axis: int
+
+
+@dataclass(frozen=True, slots=True)
+class Cache:
+    """One cache tensor: `joined` holds past and new along `axis`; `new` is "" if the joining node has it inside.
+
+    output: the graph output that returns it, "" if none does. nodes: indices of the nodes from `input` to `joined`
+    and on to `output`. dim_input: rank of the input.
+    """
+
+    input: str
+    output: str
+    joined: str
+    new: str
+    axis: int
+    rank: int
+    nodes: frozenset[int]
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """A model as families see it. `caches` is keyed by the joined tensor."""
+
+    graph: Graph
+    shapes: Shapes
+    caches: Mapping[str, Cache]
+
+    @cached_property
+    def unjoined(self) -> tuple[str, ...]:
+        """Float inputs named like a cache that no node joins with new tokens."""
+        joined = {cache.input for cache in self.caches.values()}
+        return tuple(
+            name
+            for name, info in self.graph.inputs.items()
+            if name not in joined and element_name(info) and name.startswith(("past", "cache"))
+        )
+
+
+def read_decoder(graph: Graph, ports: Mapping[str, tuple[Port, ...]]) -> Decoder:
+    """Find the caches of a graph and infer its shapes with one past length for all of them."""
+    caches = tuple(_caches(graph, ports))
+    past: dict[str, Shape] = {}
+    for cache in caches:
+        sizes = graph.inputs[cache.input].type.tensor_type.shape.dim
+        past[cache.input] = tuple(
+            symbol(PAST_LENGTH)
+            if i == cache.axis
+            else d.dim_value
+            if d.HasField("dim_value")
+            else symbol(d.dim_param or f"{cache.input}[{i}]")
+            for i, d in enumerate(sizes)
+        )
+    return Decoder(graph, infer_shapes(graph, past), {cache.joined: cache for cache in caches})
+
+
+def _caches(graph: Graph, ports: Mapping[str, tuple[Port, ...]]) -> Iterator[Cache]:
+    for name, info in graph.inputs.items():
+        rank = len(info.type.tensor_type.shape.dim)
+        if not element_name(info) or rank < 3:
+            continue
+        joined = _join(graph, name, rank, ports)
+        if joined is not None:
+            yield joined
+
+
+def _join(graph: Graph, name: str, rank: int, ports: Mapping[str, tuple[Port, ...]]) -> Cache | None:
+    tensor, nodes = name, []
+    while True:
+        readers = [n for n in graph.consumers(tensor) if n.op != "Shape"]
+        if len(readers) != 1:
+            return None
+        (node,) = readers
+        nodes.append(node.index)
+        if node.op in PASSES_ON or (node.op == "Concat" and len(node.inputs) == 1):
+            tensor = node.outputs[0]
+            continue
+        if node.op == "Concat" and len(node.inputs) == 2 and node.inputs[0] == tensor != node.inputs[1]:
+            axis = node.attr("axis", 0) % rank
+            output, more = _returned(graph, node.outputs[0])
+            return Cache(name, output, node.outputs[0], node.inputs[1], axis, rank, frozenset((*nodes, *more)))
+        for port in ports.get(node.op, ()):
+            joined = node.outputs[port.present] if len(node.outputs) > port.present else ""
+            if node.input(port.past) == tensor and joined:
+                output, more = _returned(graph, joined)
+                return Cache(name, output, joined, "", port.axis, rank, frozenset((*nodes[:-1], *more)))
+        return None
+
+
+def _returned(graph: Graph, joined: str) -> tuple[str, list[int]]:
+    """The graph output that is `joined`, and the nodes between that only pass it on."""
+    if joined in graph.outputs:
+        return joined, []
+    for node in graph.consumers(joined):
+        if node.op in PASSES_ON:
+            output, nodes = _returned(graph, node.outputs[0])
+            if output:
+                return output, [node.index, *nodes]
+    return "", []
+
+
+def is_float_cast(shapes: Shapes, node: Node) -> bool:
+    """Whether a Cast goes from one floating type to another."""
+    return node.op == "Cast" and shapes.element(node.inputs[0]) in FLOATS and node.attr("to") in FLOATS

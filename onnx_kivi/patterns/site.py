@@ -1,0 +1,118 @@
+"""What every attention family returns: a `Site` of plain facts, or a `Miss` that says why not.
+
+A `Site` says which tensors the op consumes and in which layout they lie, which nodes vanish with it, and what the
+attributes are; the rewriter emits it without knowing the family. Layout letters: B batch, H heads, S tokens, D head
+size; axes in parentheses are merged into one, the first letter varying slowest.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+LAYOUTS = ("BHSD", "BSHD", "BHDS", "(BH)SD", "BS(HD)")
+
+
+@dataclass(frozen=True, slots=True)
+class Operand:
+    """A tensor and how it lies, one of LAYOUTS."""
+
+    tensor: str
+    layout: str = "BHSD"
+
+
+@dataclass(frozen=True, slots=True)
+class Added:
+    """Mask term `factor * tensor`, of `rank` axes, broadcast to the scores, (B, H, S, T) or if `flat` ((B H), S, T)."""
+
+    tensor: str
+    rank: int
+    factor: float = 1.0
+    flat: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Filled:
+    """Mask term `factor * fill` wherever the boolean `condition` differs from `keep`, else 0; otherwise as `Added`."""
+
+    condition: str
+    keep: bool
+    fill: float
+    rank: int
+    factor: float = 1.0
+    flat: bool = False
+
+
+MaskTerm = Added | Filled
+
+
+@dataclass(frozen=True, slots=True)
+class NewNode:
+    """A node that a family needs in front of the op: op, tensors, attributes; its outputs are new names."""
+
+    op: str
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    attributes: tuple[tuple[str, Any], ...] = ()
+    domain: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class NewConstant:
+    """An int64 initializer that a family's new nodes read."""
+
+    name: str
+    values: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Site:
+    """One attention over a cache. Sizes are None where the model leaves them open; `covered` are node indices."""
+
+    layer: int
+    family: str
+    node: str
+    query: Operand
+    key: Operand
+    value: Operand
+    output: Operand
+    cache_inputs: tuple[str, ...]
+    cache_outputs: tuple[str, ...]
+    covered: frozenset[int]
+    q_heads: int
+    kv_heads: int
+    k_head_size: int | None
+    v_head_size: int | None
+    element: str
+    scale: float
+    mask: tuple[MaskTerm, ...] = ()
+    head_sink: str = ""
+    softcap: float = 0.0
+    is_causal: bool = False
+    window: int = 0
+    nan_to_zero: bool = False
+    prologue: tuple[NewNode | NewConstant, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """The facts that `inspect --json` prints."""
+        facts = asdict(self)
+        keep = ("layer", "family", "node", "q_heads", "kv_heads", "k_head_size", "v_head_size", "scale", "window")
+        return {name: facts[name] for name in keep} | {
+            "softcap": self.softcap,
+            "causal": self.is_causal,
+            "mask": [t.tensor if isinstance(t, Added) else t.condition for t in self.mask],
+            "cache_inputs": list(self.cache_inputs),
+            "cache_outputs": list(self.cache_outputs),
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Miss:
+    """A node, or cache input, that could not be matched, and the reason in one line."""
+
+    node: str
+    reason: str
+
+
+class MissError(Exception):
+    """Raised inside a family when a guard fails; the family's `match` turns it into a Miss."""

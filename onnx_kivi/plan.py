@@ -1,0 +1,121 @@
+"""Whether a set of sites can be cut out of a graph, and what must be put in the place of the shapes they leave.
+
+Two proofs, for all families alike. Nothing that vanishes is read by anything that stays, except by Shape. And every
+such Shape that is still needed can be computed from the past length and from tensors that stay and exist before it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from .graph import Dim, Node, Shape, Source
+from .patterns import Added, Decoder, Miss, NewNode, Site
+from .patterns.decoder import PAST_LENGTH
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """shapes: per Shape node that loses its input, the sizes it gave. sources: where each of their symbols is read."""
+
+    shapes: Mapping[int, Shape]
+    sources: Mapping[str, Source]
+
+
+def misses(decoder: Decoder, sites: Sequence[Site]) -> dict[int, Miss]:
+    """The sites that can't be cut out together with the others, by position, each with its reason."""
+    covered = frozenset[int]().union(*(site.covered for site in sites))
+    reasons = {i: next(_leaks(decoder, site, covered), None) for i, site in enumerate(sites)}
+    return {i: Miss(sites[i].node, reason) for i, reason in reasons.items() if reason is not None}
+
+
+def make_plan(decoder: Decoder, sites: Sequence[Site]) -> Plan | Miss:
+    """The shapes to rebuild for these sites, or the one that can't be."""
+    gone = {name for site in sites for name in _vanishing(decoder, site)}
+    makers = {site.output.tensor: site for site in sites}
+    dropped = {name for site in sites for name in site.cache_outputs}
+    shapes: dict[int, Shape] = {}
+    sources: dict[str, Source] = {}
+    pending = [name for name in decoder.graph.outputs if name not in dropped]
+    seen = set(pending)
+    while pending:
+        tensor = pending.pop()
+        needs: Collection[str]
+        node = decoder.graph.producer(tensor)
+        if tensor in makers:
+            needs = _operands(makers[tensor])
+        elif node is None:
+            continue
+        elif node.op == "Shape" and node.inputs[0] in gone:
+            rebuilt = _rebuilt(decoder, node, gone)
+            if isinstance(rebuilt, Miss):
+                return rebuilt
+            shapes[node.index], places = rebuilt
+            sources |= places
+            needs = [place.tensor for place in places.values()]
+        else:
+            needs = (*node.inputs, *node.captured)
+        pending += [name for name in needs if name not in seen]
+        seen.update(needs)
+    return Plan(shapes, sources)
+
+
+def _vanishing(decoder: Decoder, site: Site) -> set[str]:
+    """Tensors that go with a site: the caches, what the covered nodes make, and what is made of it for its shape only."""
+    gone = {name for i in site.covered for name in decoder.graph.nodes[i].outputs if name} | set(site.cache_inputs)
+    gone.discard(site.output.tensor)
+    pending = list(gone)
+    while pending:
+        for reader in decoder.graph.consumers(pending.pop()):
+            if reader.index not in site.covered and reader.op != "Shape" and _shape_only(decoder, reader):
+                pending += [name for name in reader.outputs if name not in gone]
+                gone.update(reader.outputs)
+    return gone
+
+
+def _shape_only(decoder: Decoder, node: Node) -> bool:
+    readers = [reader for name in node.outputs for reader in decoder.graph.consumers(name)]
+    return (
+        bool(readers)
+        and not any(name in decoder.graph.outputs for name in node.outputs)
+        and all(reader.op == "Shape" or (reader is not node and _shape_only(decoder, reader)) for reader in readers)
+    )
+
+
+def _operands(site: Site) -> list[str]:
+    terms = [term.tensor if isinstance(term, Added) else term.condition for term in site.mask]
+    extra = [name for new in site.prologue if isinstance(new, NewNode) for name in new.inputs]
+    names = [site.query.tensor, site.key.tensor, site.value.tensor, site.head_sink, *terms, *extra]
+    return [name for name in names if name]
+
+
+def _leaks(decoder: Decoder, site: Site, covered: Collection[int]) -> Iterator[str]:
+    gone = _vanishing(decoder, site)
+    for tensor in sorted(gone):
+        for reader in decoder.graph.consumers(tensor):
+            if reader.index not in covered and reader.op != "Shape" and not gone.issuperset(reader.outputs):
+                yield f"{tensor!r}, which would vanish with the cache, is also read by {reader}"
+        if tensor in decoder.graph.outputs and tensor not in site.cache_outputs:
+            yield f"{tensor!r}, which would vanish with the cache, is an output of the model"
+    for name in _operands(site):
+        if name in gone:
+            yield f"{name!r} is an operand of the attention and would vanish with the cache"
+
+
+def _rebuilt(decoder: Decoder, node: Node, gone: Collection[str]) -> tuple[Shape, dict[str, Source]] | Miss:
+    full = decoder.shapes.shape(node.inputs[0])
+    if full is None:
+        return Miss(node.name, f"the shape of {node.inputs[0]!r}, which vanishes with the cache, is not known")
+    sizes = full[slice(node.attr("start", 0), node.attr("end"))]
+    places: dict[str, Source] = {}
+    for name in sorted({s for size in sizes if isinstance(size, Dim) for s in size.symbols} - {PAST_LENGTH}):
+        place = next((p for p in decoder.shapes.sources.get(name, ()) if p.tensor not in gone), None)
+        maker = None if place is None else decoder.graph.producer(place.tensor)
+        if place is None or (maker is not None and maker.index >= node.index):
+            return Miss(
+                node.name,
+                f"size {name!r} of {node.inputs[0]!r} is known from the cache only; give the axis of another input "
+                "that has this size the same name",
+            )
+        places[name] = place
+    return sizes, places

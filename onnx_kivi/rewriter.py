@@ -1,0 +1,231 @@
+"""From a model to the same model with its caches inside the op: the only place that emits onnx_kivi nodes.
+
+Everything that does not belong to a site stays as it is. The result is deterministic: the same model and
+configuration give the same bytes.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+
+import numpy as np
+
+from .config import KiviConfig
+from .errors import UnsupportedModelError
+from .graph import Dim, Edit, Graph, Model, Source, apply, fingerprint, load, set_attribute
+from .inspector import Findings, Report, examine
+from .patterns import Added, MaskTerm, NewConstant, Operand, Site
+from .patterns.decoder import PAST_LENGTH
+from .plan import Plan
+from .spec import (
+    COMMITTED_LENGTH,
+    DEFAULT_HANDLE,
+    DOMAIN,
+    HANDLE_INPUT,
+    KV_CACHE_STEP,
+    MIN_IR_VERSION,
+    OPSET_VERSION,
+    PAST_LENGTH_INPUT,
+    QUANTIZED_KV_SDPA,
+    SdpaAttributes,
+    StepAttributes,
+)
+
+FLOAT, FLOAT16, BFLOAT16 = 1, 10, 16
+ELEMENTS = {"float": FLOAT, "float16": FLOAT16, "bfloat16": BFLOAT16}
+SHOWN_MISSES = 3
+
+
+def rewrite(
+    model: Model | str | os.PathLike[str], config: KiviConfig | None = None, *, partial: bool = False
+) -> tuple[Model, Report]:
+    """Move the caches of a model, or model file, into QuantizedKvSdpa nodes. A `Model` given is not changed.
+
+    partial: rewrite the sites that match and leave other caches as they are. Raises UnsupportedModelError naming the
+    misses if there are any (or, with `partial`, if nothing matches).
+    """
+    if isinstance(model, Model):
+        original, model = model, Model()
+        model.CopyFrom(original)
+    else:
+        model = load(model)
+    findings = examine(model)
+    report = findings.report
+    if report.misses and not (partial and report.sites):
+        raise UnsupportedModelError(_refusal(report, partial))
+    _emit(model, findings, config or KiviConfig())
+    return model, report
+
+
+def _refusal(report: Report, partial: bool) -> str:
+    shown = "; ".join(f"{miss.node}: {miss.reason}" for miss in report.misses[:SHOWN_MISSES])
+    more = len(report.misses) - SHOWN_MISSES
+    rest = f"; and {more} more" if more > 0 else ""
+    hint = "" if partial or not report.sites else f"; {len(report.sites)} sites match: --partial rewrites those alone"
+    return f"can't rewrite: {shown}{rest}{hint}"
+
+
+def _emit(model: Model, findings: Findings, config: KiviConfig) -> None:
+    sites, graph = findings.report.sites, findings.decoder.graph
+    clash = {HANDLE_INPUT, PAST_LENGTH_INPUT} & graph.tensor_names
+    if clash:
+        raise UnsupportedModelError(f"tensor {min(clash)!r}: expected no tensor of this name; rename it")
+    edit = Edit(graph)
+    past_length, step = edit.name("past_length"), edit.name("step")
+    placeholder = StepAttributes(model_id="pending", layers=len(sites)).to_wire()
+    edit.node(
+        KV_CACHE_STEP.name,
+        [HANDLE_INPUT, PAST_LENGTH_INPUT],
+        placeholder,
+        outputs=[past_length, step],
+        domain=DOMAIN,
+    )
+    for slot, site in enumerate(sites):
+        _emit_site(edit, site, slot, step, config)
+    removed = {i for site in sites for i in site.covered} | findings.plan.shapes.keys()
+    _emit_shapes(edit, graph, findings.plan, past_length)
+    apply(
+        edit,
+        model,
+        removed_nodes=removed,
+        removed_inputs={name for site in sites for name in site.cache_inputs},
+        removed_outputs={name for site in sites for name in site.cache_outputs if name},
+        new_inputs={
+            HANDLE_INPUT: np.array([DEFAULT_HANDLE], np.int64),
+            PAST_LENGTH_INPUT: np.array([COMMITTED_LENGTH], np.int64),
+        },
+        opset=(DOMAIN, OPSET_VERSION),
+        least_ir_version=MIN_IR_VERSION,
+    )
+    set_attribute(model, KV_CACHE_STEP.name, "model_id", fingerprint(model))
+
+
+def _emit_site(edit: Edit, site: Site, slot: int, step: str, config: KiviConfig) -> None:
+    for new in site.prologue:
+        if isinstance(new, NewConstant):
+            edit.named_constant(new.name, np.array(new.values, np.int64))
+        else:
+            edit.node(new.op, new.inputs, dict(new.attributes), outputs=new.outputs, domain=new.domain)
+    k_bits, v_bits = config.bits(site.layer)
+    attributes = SdpaAttributes(
+        slot=slot,
+        k_bits=k_bits,
+        v_bits=v_bits,
+        block_tokens=config.block_tokens,
+        v_group_size=config.v_group_size,
+        residual_length=config.residual_length,
+        sink_length=config.sink_length,
+        scale=site.scale,
+        softcap=site.softcap,
+        is_causal=int(site.is_causal),
+        window=site.window,
+        nan_to_zero=int(site.nan_to_zero),
+    )
+    inputs = [
+        _to_float(edit, site, _to_heads_first(edit, operand, heads))
+        for operand, heads in ((site.query, site.q_heads), (site.key, site.kv_heads), (site.value, site.kv_heads))
+    ]
+    nothing = edit.constant(np.zeros(0, np.float32))
+    sink = _to_float(edit, site, edit.node("Reshape", [site.head_sink, edit.ints(-1)])) if site.head_sink else nothing
+    inputs += [_mask(edit, site) or nothing, sink, step]
+    result = edit.node(
+        QUANTIZED_KV_SDPA.name, inputs, attributes.to_wire(), outputs=[edit.name(f"sdpa.{slot}")], domain=DOMAIN
+    )
+    if site.element != "float":
+        result = edit.node("Cast", [result], {"to": ELEMENTS[site.element]})
+    _from_heads_first(edit, result, site.output)
+
+
+def _to_float(edit: Edit, site: Site, tensor: str) -> str:
+    return tensor if site.element == "float" else edit.node("Cast", [tensor], {"to": FLOAT})
+
+
+def _to_heads_first(edit: Edit, operand: Operand, heads: int) -> str:
+    """The operand as (B, H, S, D)."""
+    tensor = operand.tensor
+    match operand.layout:
+        case "(BH)SD":
+            return edit.node("Reshape", [edit.unsqueeze(tensor, 1), edit.ints(-1, heads, 0, 0)])
+        case "BS(HD)":
+            return edit.node("Transpose", [edit.node("Reshape", [tensor, edit.ints(0, 0, heads, -1)])], _perm("BSHD"))
+        case "BHSD":
+            return tensor
+    return edit.node("Transpose", [tensor], _perm(operand.layout))
+
+
+def _perm(layout: str) -> dict[str, list[int]]:
+    return {"perm": [layout.index(letter) for letter in "BHSD"]}
+
+
+def _from_heads_first(edit: Edit, tensor: str, output: Operand) -> None:
+    """Give `tensor`, (B, H, S, D), the layout and name of `output`."""
+    outputs = [output.tensor]
+    match output.layout:
+        case "BHSD":
+            edit.node("Identity", [tensor], outputs=outputs)
+        case "(BH)SD":
+            merged = edit.node("Reshape", [tensor, edit.ints(-1, 1, 0, 0)])
+            edit.squeeze(merged, 1, outputs=outputs)
+        case "BS(HD)":
+            swapped = edit.node("Transpose", [tensor], {"perm": [0, 2, 1, 3]})
+            edit.node("Reshape", [swapped, edit.ints(0, 0, -1)], outputs=outputs)
+        case layout:
+            edit.node("Transpose", [tensor], {"perm": ["BHSD".index(x) for x in layout]}, outputs=outputs)
+
+
+def _mask(edit: Edit, site: Site) -> str:
+    """The sum of the mask terms as a float tensor of 4 axes; "" if there are none."""
+    terms = [_term(edit, site, term) for term in site.mask]
+    total = terms[0] if terms else ""
+    for term in terms[1:]:
+        total = edit.node("Add", [total, term])
+    return total
+
+
+def _term(edit: Edit, site: Site, term: MaskTerm) -> str:
+    if isinstance(term, Added):
+        tensor = _to_float(edit, site, term.tensor)
+        if term.factor != 1.0:
+            tensor = edit.node("Mul", [tensor, edit.constant(np.array(term.factor, np.float32))])
+    else:
+        zero, fill = (edit.constant(np.array(x, np.float32)) for x in (0.0, term.factor * term.fill))
+        tensor = edit.node("Where", [term.condition, zero, fill] if term.keep else [term.condition, fill, zero])
+    if term.flat:
+        return edit.node("Reshape", [edit.unsqueeze(tensor, 1), edit.ints(-1, site.q_heads, 0, 0)])
+    return edit.unsqueeze(tensor, *range(4 - term.rank)) if term.rank < 4 else tensor
+
+
+def _emit_shapes(edit: Edit, graph: Graph, plan: Plan, past_length: str) -> None:
+    pieces: dict[int | Dim, str] = {}
+
+    def read(name: str) -> str:
+        if name == PAST_LENGTH:
+            return past_length
+        source: Source = plan.sources[name]
+        if source.is_size:
+            whole = edit.node("Shape", [source.tensor])
+        else:
+            whole = edit.node("Reshape", [source.tensor, edit.ints(-1)])
+        return edit.node("Gather", [whole, edit.ints(source.place)])
+
+    def piece(size: int | Dim) -> str:
+        if size not in pieces:
+            pieces[size] = edit.ints(size) if isinstance(size, int) else polynomial(size)
+        return pieces[size]
+
+    def polynomial(size: Dim) -> str:
+        if size.name is not None:
+            return read(size.name)
+        return _chain(edit, "Add", [_chain(edit, "Mul", [piece(f) for f in term]) for term in size.factors()])
+
+    for index, sizes in sorted(plan.shapes.items()):
+        outputs = graph.nodes[index].outputs
+        edit.node("Concat", [piece(size) for size in sizes] or [edit.ints()], {"axis": 0}, outputs=outputs)
+
+
+def _chain(edit: Edit, op: str, tensors: Sequence[str]) -> str:
+    total = tensors[0]
+    for tensor in tensors[1:]:
+        total = edit.node(op, [total, tensor])
+    return total

@@ -120,14 +120,16 @@ def test_a_block_with_nan_or_beyond_float16_stays_dense_and_exact(backend, rng):
 
 
 def test_bytes_are_counted_exactly(backend, rng):
-    """2 kv heads, Dk 6, Dv 6, blocks of 4, value groups of 4: one sink, 3 blocks, 2 tokens in the residual."""
-    node = sdpa(k_bits=4, v_bits=2)
-    handle = filled(backend, rng, 15, [node], batch=3)
-    key_block = 2 * 6 * (4 * 4 // 8 + 2 * 2)
-    value_block = 2 * 4 * (2 + 2 * (2 * 2))
-    dense = 2 * (1 + 2) * (6 + 6) * 4
+    """2 kv heads, Dk 16, Dv 32, blocks of 16, value groups of 16 (no backend pads these): one sink, 3 blocks, 2 more
+    tokens in the residual."""
+    node = sdpa(k_bits=4, v_bits=2, block_tokens=16, v_group_size=16)
+    handle = backend.new_cache()
+    run(backend, handle, [node], tokens(rng, 51, batch=3, size=16), tokens(rng, 51, batch=3, size=32))
+    key_block = 2 * 16 * (16 * 4 // 8 + 2 * 2)
+    value_block = 2 * 16 * (32 * 2 // 8 + 2 * (2 * 2))
+    dense = 2 * (1 + 2) * (16 + 32) * 4
     assert backend.nbytes(handle) == 3 * (3 * (key_block + value_block) + dense)
-    assert backend.dense_nbytes(handle) == 3 * 15 * 2 * 12 * 4
+    assert backend.dense_nbytes(handle) == 3 * 51 * 2 * (16 + 32) * 4
     backend.reset(handle)
     assert backend.nbytes(handle) == backend.dense_nbytes(handle) == 0
 

@@ -1,0 +1,91 @@
+// Attributes of the two ops. `onnx_kivi/spec.py` defines them; a test holds these tables to it.
+//
+// fields() lists (name, member) in the spec's order: parsing, comparing and that test are loops over it. Members are
+// int64_t (an int in the node), std::string, or double (a decimal string in the node, because a float attribute
+// reaches a Python op as text of 6 digits).
+#pragma once
+
+#include <cstdint>
+#include <string>
+
+#include "error.hpp"
+
+namespace onnx_kivi {
+
+constexpr int64_t SPEC_VERSION = 1;
+constexpr int64_t DEFAULT_HANDLE = 0;
+constexpr int64_t COMMITTED_LENGTH = -1;
+constexpr int64_t NO_STEP = -1;
+constexpr int64_t MAX_BLOCK_TOKENS = 1024;
+
+struct StepAttributes {
+    std::string model_id;
+    int64_t layers = 0;
+    int64_t spec_version = SPEC_VERSION;
+
+    bool operator==(const StepAttributes&) const = default;
+
+    template <class Self, class Visitor>
+    static void fields(Self& self, Visitor&& visit) {
+        visit("model_id", self.model_id);
+        visit("layers", self.layers);
+        visit("spec_version", self.spec_version);
+    }
+};
+
+// What all nodes of a slot agree on, because its rows are made with it.
+struct RowOptions {
+    std::string kind = "self";
+    int64_t k_bits = 8;
+    int64_t v_bits = 8;
+    int64_t block_tokens = 64;
+    int64_t v_group_size = 64;
+    int64_t residual_length = 128;
+    int64_t sink_length = 4;
+
+    bool operator==(const RowOptions&) const = default;
+    bool is_cross() const { return kind == "cross"; }
+
+    template <class Self, class Visitor>
+    static void fields(Self& self, Visitor&& visit) {
+        visit("kind", self.kind);
+        visit("k_bits", self.k_bits);
+        visit("v_bits", self.v_bits);
+        visit("block_tokens", self.block_tokens);
+        visit("v_group_size", self.v_group_size);
+        visit("residual_length", self.residual_length);
+        visit("sink_length", self.sink_length);
+    }
+};
+
+struct SdpaAttributes {
+    int64_t slot = 0;
+    RowOptions row;
+    double scale = 1.0;
+    double softcap = 0.0;
+    int64_t is_causal = 0;
+    int64_t window = 0;
+    int64_t nan_to_zero = 0;
+    int64_t spec_version = SPEC_VERSION;
+
+    template <class Self, class Visitor>
+    static void fields(Self& self, Visitor&& visit) {
+        visit("slot", self.slot);
+        RowOptions::fields(self.row, visit);
+        visit("scale", self.scale);
+        visit("softcap", self.softcap);
+        visit("is_causal", self.is_causal);
+        visit("window", self.window);
+        visit("nan_to_zero", self.nan_to_zero);
+        visit("spec_version", self.spec_version);
+    }
+};
+
+// Both throw Error(spec_mismatch) for another spec version, Error(config) for a value outside the spec.
+KIVI_API void validate(const StepAttributes& attributes);
+KIVI_API void validate(const SdpaAttributes& attributes);
+
+// The number that a decimal string says. Throws Error(config) naming the attribute.
+KIVI_API double parse_decimal(const char* name, const std::string& text);
+
+}  // namespace onnx_kivi

@@ -1,0 +1,36 @@
+// Rows to and from the canonical layout, in which files hold caches and backends exchange them: see `QuantizedBlock`,
+// `BlockState` and `RowState` in onnx_kivi/runtime/backend.py.
+#pragma once
+
+#include <vector>
+
+#include "row.hpp"
+
+namespace onnx_kivi {
+
+// One side of a sealed block: `dense`, f32 (Hkv, block_tokens, D), or if that is null packed codes and parameters.
+struct SideState {
+    float* dense = nullptr;
+    CanonicalSide quantized{};
+};
+
+struct BlockState {
+    SideState key, value;
+};
+
+// Dense tokens of a row: f32 (Hkv, tokens, D) each.
+struct TokensState {
+    float* key = nullptr;
+    float* value = nullptr;
+    int64_t tokens = 0;
+};
+
+KIVI_API void export_sinks(const SlotLayout& layout, const Row& row, const TokensState& to);
+KIVI_API void export_block(const SlotLayout& layout, const Block& block, const BlockState& to);
+KIVI_API void export_residual(const SlotLayout& layout, const Row& row, const TokensState& to);
+
+// A row of this content, which has been found consistent (onnx_kivi/runtime/state.py).
+KIVI_API Row import_row(const SlotLayout& layout, const TokensState& sinks, const std::vector<BlockState>& blocks,
+                        const TokensState& residual);
+
+}  // namespace onnx_kivi

@@ -1,0 +1,56 @@
+#include "shapes.hpp"
+
+#include <algorithm>
+
+namespace onnx_kivi {
+
+namespace {
+
+std::string expected_text(const TensorSpec& spec, const Dims& dims) {
+    std::string text;
+    for (const Letter letter : spec.shape) {
+        text += (text.empty() ? "" : ", ") + std::string(letter_name(letter));
+        if (dims[letter] != UNBOUND) text += "=" + std::to_string(dims[letter]);
+    }
+    return "(" + text + ")" + (spec.broadcast ? " (each may be 1)" : "");
+}
+
+std::string tuple_text(const std::vector<int64_t>& shape) {
+    std::string text;
+    for (const int64_t size : shape) text += (text.empty() ? "" : ", ") + std::to_string(size);
+    return "(" + text + (shape.size() == 1 ? ",)" : ")");
+}
+
+}  // namespace
+
+const std::array<TensorSpec, 5>& sdpa_tensors() {
+    static const std::array<TensorSpec, 5> tensors{{
+        {"query", {B, HQ, S, DK}},
+        {"key", {B, HKV, N, DK}},
+        {"value", {B, HKV, N, DV}},
+        {"attn_mask", {B, HQ, S, T}, true, true},
+        {"head_sink", {HQ}, true},
+    }};
+    return tensors;
+}
+
+const char* letter_name(Letter letter) {
+    static constexpr const char* names[LETTERS] = {"B", "Hq", "Hkv", "S", "N", "T", "Dk", "Dv", "P"};
+    return names[letter];
+}
+
+void check_shape(const std::string& where, const TensorSpec& spec, const std::vector<int64_t>& shape, Dims& dims) {
+    if (spec.optional && std::find(shape.begin(), shape.end(), 0) != shape.end()) return;
+    bool ok = shape.size() == spec.shape.size();
+    for (std::size_t i = 0; i < std::min(shape.size(), spec.shape.size()); ++i) {
+        int64_t& bound = dims[spec.shape[i]];
+        if (bound == UNBOUND) bound = spec.shape[i] == T ? dims[P] + dims[N] : shape[i];
+        ok = ok && (shape[i] == bound || (spec.broadcast && shape[i] == 1));
+    }
+    if (!ok) {
+        throw_cache_error(where + ": " + spec.name + ": expected shape " + expected_text(spec, dims) + ", got " +
+                          tuple_text(shape));
+    }
+}
+
+}  // namespace onnx_kivi

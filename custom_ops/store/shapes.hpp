@@ -1,0 +1,34 @@
+// Binds the dimension letters of the op's inputs, as check_shapes of onnx_kivi/spec.py does, with its messages.
+#pragma once
+
+#include <array>
+#include <string>
+#include <vector>
+
+#include "error.hpp"
+
+namespace onnx_kivi {
+
+enum Letter { B, HQ, HKV, S, N, T, DK, DV, P, LETTERS };
+
+constexpr int64_t UNBOUND = -1;
+
+struct Dims : std::array<int64_t, LETTERS> {
+    Dims() { fill(UNBOUND); }
+};
+
+struct TensorSpec {
+    const char* name;
+    std::vector<Letter> shape;
+    bool optional = false;
+    bool broadcast = false;
+};
+
+// The float inputs of QuantizedKvSdpa, in order.
+KIVI_API const std::array<TensorSpec, 5>& sdpa_tensors();
+KIVI_API const char* letter_name(Letter letter);
+
+// Extends `dims` by one input's shape. Throws Error(cache) naming `where`, the input, expected and got.
+void check_shape(const std::string& where, const TensorSpec& spec, const std::vector<int64_t>& shape, Dims& dims);
+
+}  // namespace onnx_kivi

@@ -1,0 +1,145 @@
+"""Native backend: the caches and the kernel of libonnx_kivi, and that library as onnxruntime loads it.
+
+Contract: `backend.Backend`; one native call per method. Numbers are those of `reference`, codes bit for bit.
+nbytes counts sealed blocks as they are held, padded to whole vectors (no padding where block_tokens, v_group_size,
+Dk and Dv are multiples of 16), and dense tokens at what they take. Importing this module raises ImportError where
+nothing is compiled.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import onnxruntime as ort
+
+from .. import _native
+from ..spec import SdpaAttributes, StepAttributes
+from .backend import BlockState, CacheState, FloatArray, QuantizedBlock, RowState, SlotState
+from .state import check_state
+
+MOST_ATTRIBUTES = 4096
+
+
+class NativeBackend:
+    """Implements Backend in C++. Raises BackendUnavailableError if ONNX_KIVI_ISA names a level that can't run here."""
+
+    name = "native"
+
+    def __init__(self) -> None:
+        self.isa = _native.isa()
+        self._attributes: dict[int, tuple[SdpaAttributes, _native.SdpaAttributes]] = {}
+
+    def new_cache(self) -> int:
+        return _native.new_cache()
+
+    def close(self, handle: int) -> None:
+        _native.close(handle)
+
+    def open_step(self, handle: int, past_length: int, step: StepAttributes) -> tuple[int, int]:
+        return _native.open_step(handle, past_length, _native.StepAttributes(step.to_wire()))
+
+    def attend(
+        self,
+        ticket: int,
+        attributes: SdpaAttributes,
+        query: FloatArray,
+        key: FloatArray,
+        value: FloatArray,
+        attn_mask: FloatArray,
+        head_sink: FloatArray,
+    ) -> FloatArray:
+        return _native.attend(ticket, self._parsed(attributes), query, key, value, attn_mask, head_sink)
+
+    def length(self, handle: int) -> int:
+        return _native.length(handle)
+
+    def sealed_tokens(self, handle: int) -> int:
+        return _native.sealed_tokens(handle)
+
+    def nbytes(self, handle: int) -> int:
+        return _native.nbytes(handle)
+
+    def dense_nbytes(self, handle: int) -> int:
+        return _native.dense_nbytes(handle)
+
+    def crop(self, handle: int, length: int) -> None:
+        _native.crop(handle, length)
+
+    def reset(self, handle: int) -> None:
+        _native.reset(handle)
+
+    def fork(self, handle: int) -> int:
+        return _native.fork(handle)
+
+    def reorder(self, handle: int, index: list[int]) -> None:
+        _native.reorder(handle, index)
+
+    def export_state(self, handle: int) -> CacheState:
+        step, length, slots = _native.export_state(handle)
+        return CacheState(
+            None if step is None else StepAttributes.from_wire(step),
+            length,
+            tuple(SlotState(SdpaAttributes.from_wire(wire), tuple(map(_row_state, rows))) for wire, rows in slots),
+        )
+
+    def import_state(self, state: CacheState) -> int:
+        check_state(state)
+        step = None if state.step is None else _native.StepAttributes(state.step.to_wire())
+        slots = [(_native.SdpaAttributes(s.attributes.to_wire()), [_row_tuple(r) for r in s.rows]) for s in state.slots]
+        return _native.import_state(step, state.length, slots)
+
+    def _parsed(self, attributes: SdpaAttributes) -> _native.SdpaAttributes:
+        """The native form of `attributes`, kept per object: a node passes the same one at every step."""
+        known = self._attributes.get(id(attributes))
+        if known is not None and known[0] is attributes:
+            return known[1]
+        if len(self._attributes) >= MOST_ATTRIBUTES:
+            self._attributes.clear()
+        parsed = _native.SdpaAttributes(attributes.to_wire())
+        self._attributes[id(attributes)] = attributes, parsed
+        return parsed
+
+
+def library_path() -> str:
+    """Path of libonnx_kivi, for `SessionOptions.register_custom_ops_library` in any language."""
+    return str(Path(_native.__file__).with_name("libonnx_kivi.so"))
+
+
+def register(options: ort.SessionOptions) -> None:
+    """Make sessions that are built with `options` serve the ops natively, without Python."""
+    options.register_custom_ops_library(library_path())
+
+
+def isa() -> str:
+    """ISA level that the kernel runs at."""
+    return _native.isa()
+
+
+def isa_levels() -> list[str]:
+    """ISA levels that this machine can run, best first; ONNX_KIVI_ISA names one of these."""
+    return _native.isa_names()
+
+
+def thread_count() -> int:
+    """Threads that attention uses under the Python host: ONNX_KIVI_THREADS, else the physical cores."""
+    return _native.threads()
+
+
+def _row_state(row: tuple[Any, ...]) -> RowState:
+    sink_key, sink_value, blocks, residual_key, residual_value = row
+    states = tuple(BlockState(_side_state(key), _side_state(value)) for key, value in blocks)
+    return RowState(sink_key, sink_value, states, residual_key, residual_value)
+
+
+def _side_state(side: Any) -> QuantizedBlock | FloatArray:
+    return QuantizedBlock(*side) if isinstance(side, tuple) else side
+
+
+def _row_tuple(row: RowState) -> tuple[Any, ...]:
+    blocks = [(_side_tuple(block.key), _side_tuple(block.value)) for block in row.blocks]
+    return row.sink_key, row.sink_value, blocks, row.residual_key, row.residual_value
+
+
+def _side_tuple(side: QuantizedBlock | FloatArray) -> Any:
+    return (side.codes, side.lo, side.scale) if isinstance(side, QuantizedBlock) else side

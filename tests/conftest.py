@@ -1,12 +1,17 @@
-"""Fixtures shared by the tests: each backend that this machine has."""
+"""Fixtures shared by the tests: each backend that this machine has, a tiny decoder, and rewrites of it."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
+
+import onnx
 import pytest
 
-from onnx_kivi.errors import BackendUnavailableError
+import onnx_kivi as kivi
 from onnx_kivi.runtime.backend import Backend
 from onnx_kivi.runtime.select import get_backend
+from onnx_kivi_models.tiny import tiny_decoder
 
 
 @pytest.fixture(params=["numpy", "native"])
@@ -14,5 +19,28 @@ def backend(request: pytest.FixtureRequest) -> Backend:
     """Every test that takes this runs once per backend."""
     try:
         return get_backend(request.param)
-    except BackendUnavailableError as error:
+    except kivi.BackendUnavailableError as error:
         pytest.skip(str(error))
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Path of a tiny random decoder: two layers, four heads over two kv heads."""
+    path = tmp_path_factory.mktemp("tiny") / "model.onnx"
+    onnx.save(tiny_decoder(), path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def rewritten(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Path]:
+    """Path of the tiny decoder rewritten at given bits, with blocks of 16 tokens, 8 recent and 2 sink tokens."""
+    made: dict[int, Path] = {}
+
+    def at(bits: int) -> Path:
+        if bits not in made:
+            config = kivi.KiviConfig(bits, bits, block_tokens=16, residual_length=8, sink_length=2)
+            made[bits] = tmp_path_factory.mktemp(f"bits{bits}") / "model.onnx"
+            kivi.save(kivi.rewrite(tiny, config)[0], made[bits])
+        return made[bits]
+
+    return at

@@ -61,25 +61,16 @@ def make_plan(decoder: Decoder, sites: Sequence[Site]) -> Plan | Miss:
 
 
 def _vanishing(decoder: Decoder, site: Site) -> set[str]:
-    """Tensors that go with a site: the caches, what the covered nodes make, and what is made of it for its shape only."""
+    """Tensors that go with a site: its caches, what covered nodes make, and what is made of these for Shape only."""
     gone = {name for i in site.covered for name in decoder.graph.nodes[i].outputs if name} | set(site.cache_inputs)
     gone.discard(site.output.tensor)
     pending = list(gone)
     while pending:
         for reader in decoder.graph.consumers(pending.pop()):
-            if reader.index not in site.covered and reader.op != "Shape" and _shape_only(decoder, reader):
+            if reader.index not in site.covered and reader.index in decoder.shape_only:
                 pending += [name for name in reader.outputs if name not in gone]
                 gone.update(reader.outputs)
     return gone
-
-
-def _shape_only(decoder: Decoder, node: Node) -> bool:
-    readers = [reader for name in node.outputs for reader in decoder.graph.consumers(name)]
-    return (
-        bool(readers)
-        and not any(name in decoder.graph.outputs for name in node.outputs)
-        and all(reader.op == "Shape" or (reader is not node and _shape_only(decoder, reader)) for reader in readers)
-    )
 
 
 def _operands(site: Site) -> list[str]:

@@ -18,12 +18,13 @@ import onnx
 from onnx import shape_inference
 
 from .dims import Dim, TooComplexError, substitute, symbol
-from .rules import SHAPE_RULES, VALUE_RULES, Known, UnknownError
+from .known import Known, Sizes, UnknownError, Values
+from .shape_rules import SHAPE_RULES
+from .value_rules import MAX_VALUES, VALUE_RULES
 from .view import Graph, Node
 
 MAX_PASSES = 4
 MAX_SYMBOLIC_VALUES = 8
-MAX_VALUES = 64
 VALUE_TYPES = (
     onnx.TensorProto.INT64,
     onnx.TensorProto.INT32,
@@ -34,8 +35,7 @@ VALUE_TYPES = (
     onnx.TensorProto.DOUBLE,
 )
 
-Shape = tuple[int | Dim, ...]
-Values = npt.NDArray[Any]
+Shape = Sizes
 
 
 class Source(NamedTuple):

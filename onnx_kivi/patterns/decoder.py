@@ -60,6 +60,18 @@ class Decoder:
             if name not in joined and element_name(info) and name.startswith(("past", "cache"))
         )
 
+    @cached_property
+    def shape_only(self) -> frozenset[int]:
+        """Indices of the nodes whose results are read by nothing but Shape, and by nodes of this kind."""
+        found: set[int] = set()
+        outputs = set(self.graph.outputs)
+        for node in reversed(self.graph.nodes):
+            readers = [reader for name in node.outputs for reader in self.graph.consumers(name)]
+            idle = all(reader.op == "Shape" or reader.index in found for reader in readers)
+            if readers and idle and not outputs.intersection(node.outputs):
+                found.add(node.index)
+        return frozenset(found)
+
 
 def read_decoder(graph: Graph, ports: Mapping[str, tuple[Port, ...]]) -> Decoder:
     """Find the caches of a graph and infer its shapes with one past length for all of them."""

@@ -1,0 +1,125 @@
+"""What operators do to symbolic sizes: one small function per operator that onnx's own inference can't follow.
+
+A rule gives the sizes of the outputs, None for one that it can't express, and notes in `equations` the sizes that the
+operator forces to be equal; it raises UnknownError when it does not apply. Source: the ONNX operator specification.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from .dims import divide
+from .known import Known, Sizes, UnknownError, known_shape, slices
+from .view import Node
+
+Equations = list[Any]
+OPEN_END = 1 << 31
+
+
+def _reshape(node: Node, inputs: Sequence[Known | None], _: Equations) -> list[Sizes]:
+    sizes = known_shape(inputs[0])
+    target_operand = inputs[1] if len(inputs) > 1 else None
+    if target_operand is None or target_operand.value is None:
+        raise UnknownError
+    target: list[Any] = list(target_operand.value.flat)
+    if not node.attr("allowzero", 0):
+        target = [sizes[i] if t == 0 and i < len(sizes) else t for i, t in enumerate(target)]
+    if -1 not in target:
+        return [tuple(target)]
+    hole = target.index(-1)
+    rest = target[:hole] + target[hole + 1 :]
+    total = None if any(s is None for s in (*sizes, *rest)) else divide(math.prod(sizes), math.prod(rest))
+    return [(*target[:hole], total, *target[hole + 1 :])]
+
+
+def _expand(_: Node, inputs: Sequence[Known | None], __: Equations) -> list[Sizes]:
+    sizes = known_shape(inputs[0])
+    target_operand = inputs[1]
+    if target_operand is None or target_operand.value is None:
+        raise UnknownError
+    target = list(target_operand.value.flat)
+    rank = max(len(sizes), len(target))
+    padded = [1] * (rank - len(sizes)) + list(sizes)
+    wanted = [1] * (rank - len(target)) + target
+    return [tuple(s if w in (1, s) else w if s == 1 else None for s, w in zip(padded, wanted, strict=True))]  # type: ignore[misc]
+
+
+def _concat(node: Node, inputs: Sequence[Known | None], equations: Equations) -> list[Sizes]:
+    shapes = [o.shape for o in inputs if o is not None and o.shape is not None]
+    if not shapes:
+        raise UnknownError
+    rank = len(shapes[0])
+    axis = node.attr("axis", 0)
+    if not -rank <= axis < rank or any(len(s) != rank for s in shapes):
+        raise UnknownError
+    axis %= rank
+    for shape in shapes[1:]:
+        equations += [(a, b) for i, (a, b) in enumerate(zip(shapes[0], shape, strict=True)) if i != axis]
+    total: Any = sum((s[axis] for s in shapes), 0) if len(shapes) == len(inputs) else None
+    return [tuple(total if i == axis else s for i, s in enumerate(shapes[0]))]
+
+
+def _slice(node: Node, inputs: Sequence[Known | None], _: Equations) -> list[Sizes]:
+    sizes: list[Any] = list(known_shape(inputs[0]))
+    for axis, start, stop in slices(node, inputs, len(sizes)):
+        size = sizes[axis]
+        if isinstance(size, int):
+            sizes[axis] = len(range(*slice(start, stop).indices(size)))
+        elif start == 0 and stop >= OPEN_END:
+            continue
+        else:
+            sizes[axis] = None
+    return [tuple(sizes)]
+
+
+def _range(_: Node, inputs: Sequence[Known | None], __: Equations) -> list[Sizes]:
+    values = [None if o is None or o.value is None else o.value.item() for o in inputs]
+    start, limit, delta = values
+    if delta != 1 or start is None or limit is None:
+        raise UnknownError
+    return [(limit - start,)]
+
+
+def _constant_of_shape(_: Node, inputs: Sequence[Known | None], __: Equations) -> list[Sizes]:
+    if inputs[0] is None or inputs[0].value is None:
+        raise UnknownError
+    return [tuple(inputs[0].value.flat)]
+
+
+def _as_first(_: Node, inputs: Sequence[Known | None], __: Equations) -> list[Sizes]:
+    return [known_shape(inputs[0])]
+
+
+def _fused_matmul(node: Node, inputs: Sequence[Known | None], _: Equations) -> list[Sizes]:
+    a, b = known_shape(inputs[0]), known_shape(inputs[1])
+    if len(a) < 2 or len(b) < 2 or node.attr("transBatchA", 0) or node.attr("transBatchB", 0):
+        raise UnknownError
+    batch = a[:-2] if len(a) >= len(b) else b[:-2]
+    return [(*batch, a[-1 if node.attr("transA", 0) else -2], b[-2 if node.attr("transB", 0) else -1])]
+
+
+def _matmul_nbits(node: Node, inputs: Sequence[Known | None], _: Equations) -> list[Sizes]:
+    return [(*known_shape(inputs[0])[:-1], node.attr("N", 0))]
+
+
+SHAPE_RULES: Mapping[str, Callable[[Node, Sequence[Known | None], Equations], list[Sizes]]] = {
+    "Reshape": _reshape,
+    "Expand": _expand,
+    "Concat": _concat,
+    "Slice": _slice,
+    "Range": _range,
+    "ConstantOfShape": _constant_of_shape,
+    "com.microsoft.FusedMatMul": _fused_matmul,
+    "com.microsoft.MatMulNBits": _matmul_nbits,
+    "SimplifiedLayerNormalization": _as_first,
+    "com.microsoft.SkipLayerNormalization": _as_first,
+    "com.microsoft.SkipSimplifiedLayerNormalization": _as_first,
+    "com.microsoft.RotaryEmbedding": _as_first,
+    "com.microsoft.BiasGelu": _as_first,
+    "com.microsoft.FastGelu": _as_first,
+    "com.microsoft.QuickGelu": _as_first,
+    "com.microsoft.Gelu": _as_first,
+    "com.microsoft.GroupQueryAttention": lambda *_: [],
+}

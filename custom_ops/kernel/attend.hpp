@@ -35,10 +35,10 @@ struct Task {
     int64_t q_token(int64_t r) const { return query + r % queries; }
     // Keys that query i sees are those in [visible_begin, visible_end).
     int64_t visible_begin(int64_t i) const {
-        return attention.window > 0 ? attention.past + i - attention.window + 1 : 0;
+        return attention.window > 0 ? attention.position + i - attention.window + 1 : 0;
     }
     int64_t visible_end(int64_t i) const {
-        return attention.causal || attention.window > 0 ? attention.past + i + 1 : INT64_MAX;
+        return attention.causal || attention.window > 0 ? attention.position + i + 1 : INT64_MAX;
     }
 };
 
@@ -53,7 +53,7 @@ struct Memory {
     float* peak(int64_t r) const { return base + layout.peak + r; }
     float* panel() const { return base + layout.panel; }
     Folded folded(int64_t depth) const {
-        return {reinterpret_cast<int32_t*>(base + layout.weights), base + layout.products, depth / 2, {}, {}};
+        return {reinterpret_cast<int32_t*>(base + layout.weights), depth / 2, {}, {}};
     }
 };
 
@@ -129,7 +129,7 @@ static inline void tile_scores(const Task& task, const Tile& tile, const Memory&
     const Scratch& s = memory.layout;
     if (tile.block && !side_is_dense(tile.block->dense, true))
         multiply_quantized<false>(side, side_data(task, tile.block, true), side_data(task, tile.next, true),
-                                  memory.query(0), s.query_stride, int(task.rows()), memory.scores(0), s.scores_stride,
+                                  memory.query(0), s.query_stride, task.rows(), memory.scores(0), s.scores_stride,
                                   memory.folded(side.depth_padded));
     else
         dense_scores(tile.key, tile.key_stride, tile.tokens, side.size, memory.query(0), s.query_stride, task.rows(),
@@ -161,7 +161,7 @@ static inline void tile_values(const Task& task, const Tile& tile, const Memory&
     const Scratch& s = memory.layout;
     if (tile.block && !side_is_dense(tile.block->dense, false))
         multiply_quantized<true>(side, side_data(task, tile.block, false), side_data(task, tile.next, false),
-                                 memory.scores(0), s.scores_stride, int(task.rows()), memory.sums(0), s.lanes,
+                                 memory.scores(0), s.scores_stride, task.rows(), memory.sums(0), s.lanes,
                                  memory.folded(side.depth_padded));
     else
         dense_values(side, tile.value, tile.value_stride, tile.tokens, memory.scores(0), s.scores_stride, task.rows(),

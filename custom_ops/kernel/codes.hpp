@@ -16,20 +16,25 @@ struct CodePlace {
     int shift;
 };
 
-static inline int depth_per_line(const Side& side) { return 32 / side.bits; }
+// The lines of one tile of a group: `stride` apart, because two tiles that are read together alternate.
+struct TileLines {
+    int64_t first;
+    int64_t stride;
+};
 
-static inline int64_t tile_bytes(const Side& side) {
-    return int64_t(side.depth_padded / depth_per_line(side)) * LINE_BYTES;
+static inline TileLines tile_lines(const Side& side, int tile) {
+    const bool paired = tile / 2 * 2 + 1 < side.tiles;
+    if (!paired) return {tile * side.tile_bytes, LINE_BYTES};
+    return {tile / 2 * 2 * side.tile_bytes + tile % 2 * LINE_BYTES, 2 * LINE_BYTES};
 }
 
-static inline int64_t group_code_bytes(const Side& side) {
-    return side.lanes_padded / TILE_LANES * tile_bytes(side);
-}
+static inline int64_t group_code_bytes(const Side& side) { return side.tiles * side.tile_bytes; }
 
 static inline CodePlace code_place(const Side& side, int group, int lane, int depth) {
-    const int per_line = depth_per_line(side);
-    const int64_t tile = group * group_code_bytes(side) + lane / TILE_LANES * tile_bytes(side);
-    return {tile + int64_t(depth / per_line) * LINE_BYTES + 4 * (lane % TILE_LANES) + depth % 4,
+    const int per_line = 32 / side.bits;
+    const TileLines lines = tile_lines(side, lane / TILE_LANES);
+    return {group * group_code_bytes(side) + lines.first + depth / per_line * lines.stride + 4 * (lane % TILE_LANES) +
+                depth % 4,
             depth % per_line / 4 * side.bits};
 }
 

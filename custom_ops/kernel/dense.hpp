@@ -60,7 +60,10 @@ static void multiply_dense(const float* a, int64_t a_stride, int64_t rows, const
 
 // Keys (tokens <= PANEL_TOKENS, size) -> panel (size, PANEL_TOKENS), zero beyond the tokens up to a whole tile.
 static void transpose_keys(const float* keys, int64_t stride, int64_t tokens, int64_t size, float* panel) {
-    const int64_t padded = (tokens + TILE_LANES - 1) / TILE_LANES * TILE_LANES;
+    const int64_t full = tokens / TILE_LANES * TILE_LANES;
+    if (full < tokens)
+        for (int64_t d = 0; d < size; ++d)
+            for (int i = 0; i < TILE_LANES; i += W) store(panel + d * PANEL_TOKENS + full + i, set1(0));
     int64_t token = 0;
 #if defined(__SSE2__)
     for (; token + 4 <= tokens; token += 4) {
@@ -80,9 +83,8 @@ static void transpose_keys(const float* keys, int64_t stride, int64_t tokens, in
             for (int i = 0; i < 4; ++i) panel[d * PANEL_TOKENS + token + i] = from[i * stride + d];
     }
 #endif
-    for (; token < padded; ++token)
-        for (int64_t d = 0; d < size; ++d)
-            panel[d * PANEL_TOKENS + token] = token < tokens ? keys[token * stride + d] : 0;
+    for (; token < tokens; ++token)
+        for (int64_t d = 0; d < size; ++d) panel[d * PANEL_TOKENS + token] = keys[token * stride + d];
 }
 
 // Scores of all rows with dense keys: q (rows, size) -> scores (rows, tokens padded to whole tiles).

@@ -31,8 +31,9 @@ struct SlotShape {
 
 // One side (keys or values) of a block, for one kv head. Codes form a matrix per group of which the kernel
 // computes sum over depth: keys have lanes = tokens, depth = channels, one group; values have lanes = channels of
-// a group, depth = tokens. Quantized: codes [group][lane / 16][depth / (32 / bits)][64 bytes], of which byte
-// 4 * (lane % 16) + depth % 4 packs 8 / bits depths that are 4 apart, lowest first; then parameters
+// a group, depth = tokens. A tile is 16 lanes, a line is 64 bytes: 32 / bits depths of a tile; byte
+// 4 * (lane % 16) + depth % 4 of it packs 8 / bits depths that are 4 apart, lowest first. Quantized: codes
+// [group][pair of tiles][line][tile of the pair] (a last, odd tile stands alone), then parameters
 // [group][lo, scale][depth_padded] float16. Dense: f32 [block_tokens][size].
 struct Side {
     int32_t size;
@@ -42,6 +43,8 @@ struct Side {
     int32_t lanes_padded;  // of one group, multiple of 16
     int32_t depth;
     int32_t depth_padded;  // multiple of 16
+    int32_t tiles;         // of one group
+    int64_t tile_bytes;
     int64_t code_bytes;    // of all groups
     int64_t quantized_bytes;
     int64_t dense_bytes;

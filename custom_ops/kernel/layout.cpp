@@ -16,6 +16,8 @@ Side make_side(int32_t size, int32_t bits, int32_t tokens, int32_t lanes, int32_
     side.depth = depth;
     side.depth_padded = int32_t(padded(depth, TILE_LANES));
     side.dense_bytes = padded(int64_t(tokens) * size * int64_t(sizeof(float)), LINE_BYTES);
+    side.tiles = side.lanes_padded / TILE_LANES;
+    side.tile_bytes = int64_t(side.depth_padded) * bits / 32 * LINE_BYTES;
     if (bits != DENSE_BITS) {
         side.code_bytes = groups * group_code_bytes(side);
         side.quantized_bytes = padded(param_offset(side, groups, 0), LINE_BYTES);

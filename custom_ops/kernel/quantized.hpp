@@ -10,12 +10,11 @@ namespace onnx_kivi::KIVI_ISA {
 constexpr int MAX_ROWS = 4;                                // rows that share one pass over the codes
 constexpr int LINE_VECTORS = TILE_LANES / W;               // vectors of one line of codes
 constexpr float LEAST_WEIGHT = 1e-30f;                     // products all below it count as zero
-constexpr int QUANT_TILES = REGISTERS == 32 && W == 16 ? 2 : 1;  // tiles whose sums fit in the registers
+constexpr int QUANT_TILES = W == 16 ? 2 : 1;               // tiles whose sums fit in the registers
 
-// Rows as integer weights. Scratch of `weights` is [MAX_ROWS][depth_padded / 2], of `products` [depth_padded].
+// Rows as integer weights, [MAX_ROWS][stride] in scratch.
 struct Folded {
     int32_t* weights;
-    float* products;
     int64_t stride;
     float step[MAX_ROWS];
     float base[MAX_ROWS];
@@ -26,43 +25,53 @@ static inline float weight_limit(const Side& side) {
     return fits < MAX_WEIGHT ? fits : MAX_WEIGHT;
 }
 
-static inline void fold_row(Folded& folded, int row, const float* x, const uint16_t* lo, const uint16_t* scale,
-                            int depth, float limit) {
-    F base = set1(0), largest = set1(0);
+template <int ROWS>
+static inline void fold_rows(Folded& folded, const float* x, int64_t x_stride, const uint16_t* lo,
+                             const uint16_t* scale, int depth, float limit) {
+    F bases[MAX_ROWS], peaks[MAX_ROWS];
+    for (int r = 0; r < MAX_ROWS; ++r) bases[r] = peaks[r] = set1(0);
     for (int i = 0; i < depth; i += W) {
-        const F value = load(x + i);
-        const F product = mul(value, load_half(scale + i));
-        base = fma(value, load_half(lo + i), base);
-        largest = max(abs(product), largest);
-        store(folded.products + i, product);
+        const F lows = load_half(lo + i), scales = load_half(scale + i);
+#pragma GCC unroll 4
+        for (int r = 0; r < ROWS; ++r) {
+            const F value = load(x + r * x_stride + i);
+            bases[r] = fma(value, lows, bases[r]);
+            peaks[r] = max(abs(mul(value, scales)), peaks[r]);
+        }
     }
-    const float peak = reduce_max(largest);
-    const float inverse = peak > LEAST_WEIGHT ? limit / peak : 0;
-    folded.step[row] = peak / limit;
-    folded.base[row] = reduce_add(base);
-    int32_t* weights = folded.weights + row * folded.stride;
-    for (int i = 0; i < depth; i += W)
-        store_weights(weights + i / 2, to_int(mul(load(folded.products + i), set1(inverse))));
+    float peak[MAX_ROWS], inverse[MAX_ROWS];
+    reduce_add(bases, folded.base);
+    reduce_max(peaks, peak);
+    for (int r = 0; r < ROWS; ++r) {
+        inverse[r] = peak[r] > LEAST_WEIGHT ? limit / peak[r] : 0;
+        folded.step[r] = peak[r] * (1 / limit);
+    }
+    for (int i = 0; i < depth; i += W) {
+        const F scales = load_half(scale + i);
+#pragma GCC unroll 4
+        for (int r = 0; r < ROWS; ++r)
+            store_weights(folded.weights + r * folded.stride + i / 2, mul(load(x + r * x_stride + i), scales), inverse[r]);
+    }
 }
 
-// Lanes of TILES tiles for ROWS rows: out[row][lane] = or += base + step * sum.
+// Lanes of one tile or of a pair, for ROWS rows: out[row][lane] = or += base + step * sum.
 template <int BITS, int ROWS, int TILES, bool ADD>
-static inline void dot_tiles(const Side& side, const unsigned char* codes, const unsigned char* ahead,
+static inline void dot_tiles(const unsigned char* codes, const unsigned char* ahead, int64_t line_stride, int lines,
                              const Folded& folded, float* out, int64_t out_stride) {
     constexpr int VECTORS = TILES * LINE_VECTORS;
     constexpr int PARTS = 8 / BITS;
-    const int64_t size = tile_bytes(side);
     Sum sums[ROWS][VECTORS];
+#pragma GCC unroll 4
     for (int r = 0; r < ROWS; ++r)
+#pragma GCC unroll 8
         for (int v = 0; v < VECTORS; ++v) sums[r][v] = zero_sum();
     const int32_t* weights = folded.weights;
-    for (int64_t at = 0; at < size; at += LINE_BYTES) {
-#pragma GCC unroll 4
-        for (int t = 0; t < TILES; ++t) __builtin_prefetch(ahead + t * size + at);
+    for (int line = 0; line < lines; ++line, codes += line_stride, ahead += line_stride) {
         I bytes[VECTORS];
 #pragma GCC unroll 8
-        for (int v = 0; v < VECTORS; ++v)
-            bytes[v] = load_codes(codes + v / LINE_VECTORS * size + at + v % LINE_VECTORS * (4 * W));
+        for (int v = 0; v < VECTORS; ++v) bytes[v] = load_codes(codes + v * (4 * W));
+#pragma GCC unroll 2
+        for (int t = 0; t < TILES; ++t) prefetch(ahead + t * LINE_BYTES);
 #pragma GCC unroll 4
         for (int part = 0; part < PARTS; ++part, weights += 2) {
             Codes prepared[VECTORS];
@@ -85,28 +94,39 @@ static inline void dot_tiles(const Side& side, const unsigned char* codes, const
         }
 }
 
+// ROWS rows of one group.
 template <int BITS, int ROWS, bool ADD>
-static void dot_group(const Side& side, const unsigned char* codes, const unsigned char* ahead, const Folded& folded,
-                      float* out, int64_t out_stride) {
-    const int64_t size = tile_bytes(side);
-    const int tiles = side.lanes_padded / TILE_LANES;
+static void multiply_group(const Side& side, const unsigned char* data, const unsigned char* ahead, int group,
+                           const float* x, int64_t x_stride, float* out, int64_t out_stride, Folded& folded) {
+    fold_rows<ROWS>(folded, x, x_stride, params(side, data, group, 0), params(side, data, group, 1), side.depth_padded,
+                    weight_limit(side));
+    const int64_t at = group * group_code_bytes(side);
+    const int lines = side.depth_padded * BITS / 32;
     int tile = 0;
-    for (; tile + QUANT_TILES <= tiles; tile += QUANT_TILES)
-        dot_tiles<BITS, ROWS, QUANT_TILES, ADD>(side, codes + tile * size, ahead + tile * size, folded,
-                                                out + tile * TILE_LANES, out_stride);
-    for (; tile < tiles; ++tile)
-        dot_tiles<BITS, ROWS, 1, ADD>(side, codes + tile * size, ahead + tile * size, folded, out + tile * TILE_LANES,
-                                      out_stride);
+    if constexpr (QUANT_TILES == 2)
+        for (; tile + 2 <= side.tiles; tile += 2)
+            dot_tiles<BITS, ROWS, 2, ADD>(data + at + tile * side.tile_bytes, ahead + at + tile * side.tile_bytes,
+                                          2 * LINE_BYTES, lines, folded, out + tile * TILE_LANES, out_stride);
+    for (; tile < side.tiles; ++tile) {
+        const TileLines from = tile_lines(side, tile);
+        dot_tiles<BITS, ROWS, 1, ADD>(data + at + from.first, ahead + at + from.first, from.stride, lines, folded,
+                                      out + tile * TILE_LANES, out_stride);
+    }
 }
 
 template <int BITS, bool ADD>
-static void dot_rows(const Side& side, const unsigned char* codes, const unsigned char* ahead, const Folded& folded,
-                     int rows, float* out, int64_t out_stride) {
-    switch (rows) {
-        case 1: return dot_group<BITS, 1, ADD>(side, codes, ahead, folded, out, out_stride);
-        case 2: return dot_group<BITS, 2, ADD>(side, codes, ahead, folded, out, out_stride);
-        case 3: return dot_group<BITS, 3, ADD>(side, codes, ahead, folded, out, out_stride);
-        default: return dot_group<BITS, 4, ADD>(side, codes, ahead, folded, out, out_stride);
+static void multiply_rows(const Side& side, const unsigned char* data, const unsigned char* ahead, const float* x,
+                          int64_t x_stride, int64_t rows, float* out, int64_t out_stride, Folded& folded) {
+    for (int group = 0; group < side.groups; ++group, out += side.lanes_padded) {
+        const float* from = x;
+        float* to = out;
+        for (int64_t left = rows; left > 0; left -= MAX_ROWS, from += MAX_ROWS * x_stride, to += MAX_ROWS * out_stride)
+            switch (left) {
+                case 1: multiply_group<BITS, 1, ADD>(side, data, ahead, group, from, x_stride, to, out_stride, folded); break;
+                case 2: multiply_group<BITS, 2, ADD>(side, data, ahead, group, from, x_stride, to, out_stride, folded); break;
+                case 3: multiply_group<BITS, 3, ADD>(side, data, ahead, group, from, x_stride, to, out_stride, folded); break;
+                default: multiply_group<BITS, 4, ADD>(side, data, ahead, group, from, x_stride, to, out_stride, folded);
+            }
     }
 }
 
@@ -114,22 +134,12 @@ static void dot_rows(const Side& side, const unsigned char* codes, const unsigne
 // `ahead` is the side's data in the block that comes next: it is prefetched while this one is read.
 template <bool ADD>
 static void multiply_quantized(const Side& side, const unsigned char* data, const unsigned char* ahead, const float* x,
-                               int64_t x_stride, int rows, float* out, int64_t out_stride, Folded folded) {
-    const float limit = weight_limit(side);
-    for (int group = 0; group < side.groups; ++group) {
-        const int64_t at = group * group_code_bytes(side);
-        for (int first = 0; first < rows; first += MAX_ROWS) {
-            const int count = rows - first < MAX_ROWS ? rows - first : MAX_ROWS;
-            for (int r = 0; r < count; ++r)
-                fold_row(folded, r, x + (first + r) * x_stride, params(side, data, group, 0),
-                         params(side, data, group, 1), side.depth_padded, limit);
-            float* to = out + first * out_stride + group * side.lanes_padded;
-            switch (side.bits) {
-                case 2: dot_rows<2, ADD>(side, data + at, ahead + at, folded, count, to, out_stride); break;
-                case 4: dot_rows<4, ADD>(side, data + at, ahead + at, folded, count, to, out_stride); break;
-                default: dot_rows<8, ADD>(side, data + at, ahead + at, folded, count, to, out_stride);
-            }
-        }
+                               int64_t x_stride, int64_t rows, float* out, int64_t out_stride, Folded folded) {
+    for (int64_t at = side.code_bytes; at < side.quantized_bytes; at += LINE_BYTES) prefetch(ahead + at);
+    switch (side.bits) {
+        case 2: return multiply_rows<2, ADD>(side, data, ahead, x, x_stride, rows, out, out_stride, folded);
+        case 4: return multiply_rows<4, ADD>(side, data, ahead, x, x_stride, rows, out, out_stride, folded);
+        default: return multiply_rows<8, ADD>(side, data, ahead, x, x_stride, rows, out, out_stride, folded);
     }
 }
 

@@ -24,7 +24,6 @@ struct Scratch {
     int64_t peak;      // (rows): largest score so far
     int64_t panel;     // keys (k_size, PANEL_TOKENS) or values (PANEL_TOKENS, lanes)
     int64_t weights;   // int32
-    int64_t products;  // (depth)
     int64_t floats;
     int64_t query_stride;
     int64_t scores_stride;
@@ -45,8 +44,7 @@ static inline Scratch make_scratch(const Layout& layout, int64_t rows) {
     s.peak = s.total + rows * SUM_LANES;
     s.panel = s.peak + whole_tiles(rows);
     s.weights = s.panel + PANEL_TOKENS * whole_tiles(lanes > layout.shape.k_size ? lanes : layout.shape.k_size);
-    s.products = s.weights + 2 * depth;
-    s.floats = s.products + depth;
+    s.floats = s.weights + 2 * depth;
     return s;
 }
 

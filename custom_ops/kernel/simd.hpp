@@ -8,8 +8,8 @@
 //   load_half(p)           W float16
 //   low_codes<BITS>(c, s)  the BITS bits at bit s of every byte
 // and the integer dot product. A line of codes is 64 bytes = 16 lanes of one quad (4 depths) each; a vector of codes
-// holds W of the lanes. `store_weights` turns W integers |w| <= MAX_WEIGHT into W / 4 quads of two int32 each, which
-// `dot` multiplies with a quad of every lane. Sums are exact as long as they fit in int32.
+// holds W of the lanes. `store_weights` rounds W weights x * factor, at most MAX_WEIGHT in size, and stores them as W / 4
+// quads of two int32 each, which `dot` multiplies with a quad of every lane. Sums are exact while they fit in int32.
 #pragma once
 
 #if defined(__AVX512F__)
@@ -23,6 +23,9 @@
 #endif
 
 namespace onnx_kivi::KIVI_ISA {
+
+// Into the second level of cache: the first holds too few outstanding misses to reach the memory's bandwidth.
+static inline void prefetch(const void* p) { __builtin_prefetch(p, 0, 2); }
 
 // exp(x) to 1 unit in the last place for x <= 88; 0 below the smallest normal result. NaN stays NaN.
 static inline F exp(F x) {

@@ -33,6 +33,12 @@ static inline float reduce_max(F a) {
     const __m128 pair = _mm_max_ps(half, _mm_movehl_ps(half, half));
     return _mm_cvtss_f32(_mm_max_ss(pair, _mm_movehdup_ps(pair)));
 }
+static inline void reduce_add(const F v[4], float out[4]) {
+    for (int i = 0; i < 4; ++i) out[i] = reduce_add(v[i]);
+}
+static inline void reduce_max(const F v[4], float out[4]) {
+    for (int i = 0; i < 4; ++i) out[i] = reduce_max(v[i]);
+}
 static inline M greater(F a, F b) { return _mm256_cmp_ps(a, b, _CMP_GT_OQ); }
 static inline bool any(M m) { return _mm256_movemask_ps(m) != 0; }
 static inline F select(M m, F a, F b) { return _mm256_blendv_ps(b, a, m); }
@@ -69,7 +75,8 @@ static inline void dot(Sum& sum, Codes codes, const int32_t* weights) {
     sum.total = _mm256_add_epi32(sum.total, _mm256_add_epi32(even, odd));
 }
 static inline F sum_to_float(Sum sum) { return to_float(sum.total); }
-static inline void store_weights(int32_t* to, I weights) {
+static inline void store_weights(int32_t* to, F x, float factor) {
+    const I weights = to_int(mul(x, set1(factor)));
     const I order = _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 1, 8, 9, 4, 5, 12, 13, -1, -1, -1, -1, -1, -1, -1, -1));
     const I packed = _mm256_permute4x64_epi64(_mm256_shuffle_epi8(weights, order), 0x88);
     _mm_storeu_si128((__m128i*)to, _mm256_castsi256_si128(packed));

@@ -34,6 +34,23 @@ static inline F max(F a, F b) { return _mm512_max_ps(a, b); }
 static inline F abs(F a) { return _mm512_abs_ps(a); }
 static inline float reduce_add(F a) { return _mm512_reduce_add_ps(a); }
 static inline float reduce_max(F a) { return _mm512_reduce_max_ps(a); }
+static inline __m128 rows_of_lanes(F abcd) {
+    return _mm512_castps512_ps128(_mm512_permutexvar_ps(_mm512_setr_epi32(0, 4, 8, 12, 0, 4, 8, 12, 0, 4, 8, 12, 0, 4, 8, 12), abcd));
+}
+static inline void reduce_add(const F v[4], float out[4]) {
+    const F ab = add(_mm512_shuffle_f32x4(v[0], v[1], 0x44), _mm512_shuffle_f32x4(v[0], v[1], 0xee));
+    const F cd = add(_mm512_shuffle_f32x4(v[2], v[3], 0x44), _mm512_shuffle_f32x4(v[2], v[3], 0xee));
+    const F abcd = add(_mm512_shuffle_f32x4(ab, cd, 0x88), _mm512_shuffle_f32x4(ab, cd, 0xdd));
+    const F pairs = add(abcd, _mm512_permute_ps(abcd, 0x4e));
+    _mm_storeu_ps(out, rows_of_lanes(add(pairs, _mm512_permute_ps(pairs, 0xb1))));
+}
+static inline void reduce_max(const F v[4], float out[4]) {
+    const F ab = max(_mm512_shuffle_f32x4(v[0], v[1], 0x44), _mm512_shuffle_f32x4(v[0], v[1], 0xee));
+    const F cd = max(_mm512_shuffle_f32x4(v[2], v[3], 0x44), _mm512_shuffle_f32x4(v[2], v[3], 0xee));
+    const F abcd = max(_mm512_shuffle_f32x4(ab, cd, 0x88), _mm512_shuffle_f32x4(ab, cd, 0xdd));
+    const F pairs = max(abcd, _mm512_permute_ps(abcd, 0x4e));
+    _mm_storeu_ps(out, rows_of_lanes(max(pairs, _mm512_permute_ps(pairs, 0xb1))));
+}
 static inline M greater(F a, F b) { return _mm512_cmp_ps_mask(a, b, _CMP_GT_OQ); }
 static inline bool any(M m) { return m != 0; }
 static inline F select(M m, F a, F b) { return _mm512_mask_blend_ps(m, b, a); }
@@ -60,15 +77,19 @@ struct Sum {
 };
 static inline Codes prepare(I codes) { return {codes}; }
 static inline Sum zero_sum() { return {_mm512_setzero_si512(), _mm512_setzero_si512()}; }
+// Written out, because GCC copies or even spills the sums around the intrinsic.
+static inline void dot_bytes(I& sum, I codes, I weights) {
+    asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(codes), "v"(weights));
+}
 static inline void dot(Sum& sum, Codes codes, const int32_t* weights) {
-    sum.high = _mm512_dpbusd_epi32(sum.high, codes.bytes, _mm512_set1_epi32(weights[0]));
-    sum.low = _mm512_dpbusd_epi32(sum.low, codes.bytes, _mm512_set1_epi32(weights[1]));
+    dot_bytes(sum.high, codes.bytes, _mm512_set1_epi32(weights[0]));
+    dot_bytes(sum.low, codes.bytes, _mm512_set1_epi32(weights[1]));
 }
 static inline F sum_to_float(Sum sum) {
     return to_float(_mm512_add_epi32(_mm512_slli_epi32(sum.high, 8), sum.low));
 }
-static inline void store_weights(int32_t* to, I weights) {
-    const I carried = _mm512_add_epi32(weights, _mm512_set1_epi32(128));
+static inline void store_weights(int32_t* to, F x, float factor) {
+    const I carried = _mm512_castps_si512(fma(x, set1(factor), set1(0x1.8p23f + 128)));
     const I order = _mm512_broadcast_i32x4(_mm_setr_epi8(1, 5, 9, 13, 0, 4, 8, 12, -1, -1, -1, -1, -1, -1, -1, -1));
     const I bytes = _mm512_xor_si512(_mm512_shuffle_epi8(carried, order), _mm512_set1_epi64(int64_t(0x8080808000000000)));
     const I packed = _mm512_permutexvar_epi64(_mm512_setr_epi64(0, 2, 4, 6, 0, 2, 4, 6), bytes);
@@ -93,7 +114,8 @@ static inline void dot(Sum& sum, Codes codes, const int32_t* weights) {
     sum.total = _mm512_add_epi32(sum.total, _mm512_add_epi32(even, odd));
 }
 static inline F sum_to_float(Sum sum) { return to_float(sum.total); }
-static inline void store_weights(int32_t* to, I weights) {
+static inline void store_weights(int32_t* to, F x, float factor) {
+    const I weights = to_int(mul(x, set1(factor)));
     const I order = _mm512_broadcast_i32x4(_mm_setr_epi8(0, 1, 8, 9, 4, 5, 12, 13, -1, -1, -1, -1, -1, -1, -1, -1));
     const I packed = _mm512_permutexvar_epi64(_mm512_setr_epi64(0, 2, 4, 6, 0, 2, 4, 6), _mm512_shuffle_epi8(weights, order));
     _mm256_storeu_si256((__m256i*)to, _mm512_castsi512_si256(packed));

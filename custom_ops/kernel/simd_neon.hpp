@@ -27,6 +27,12 @@ static inline F max(F a, F b) { return select(greater(a, b), a, b); }
 static inline F abs(F a) { return vabsq_f32(a); }
 static inline float reduce_add(F a) { return vaddvq_f32(a); }
 static inline float reduce_max(F a) { return vmaxvq_f32(a); }
+static inline void reduce_add(const F v[4], float out[4]) {
+    for (int i = 0; i < 4; ++i) out[i] = reduce_add(v[i]);
+}
+static inline void reduce_max(const F v[4], float out[4]) {
+    for (int i = 0; i < 4; ++i) out[i] = reduce_max(v[i]);
+}
 static inline bool any(M m) { return vmaxvq_u32(m) != 0; }
 static inline F round(F a) { return vrndnq_f32(a); }
 static inline F scale_by_power(F a, F n) {
@@ -65,7 +71,8 @@ static inline void dot(Sum& sum, Codes codes, const int32_t* weights) {
     sum.low = vdotq_s32(vdotq_s32(vdotq_s32(sum.low, codes.bytes, low), half, low), half, low);
 }
 static inline F sum_to_float(Sum sum) { return to_float(vaddq_s32(vshlq_n_s32(sum.high, 8), sum.low)); }
-static inline void store_weights(int32_t* to, I weights) {
+static inline void store_weights(int32_t* to, F x, float factor) {
+    const I weights = to_int(mul(x, set1(factor)));
     const I carried = vaddq_s32(weights, vdupq_n_s32(128));
     const int8x8_t high = vmovn_s16(vcombine_s16(vmovn_s32(vshrq_n_s32(carried, 8)), vdup_n_s16(0)));
     const int8x8_t low = vmovn_s16(vcombine_s16(vmovn_s32(weights), vdup_n_s16(0)));

@@ -31,6 +31,12 @@ static inline float reduce_max(F a) {
     const F pair = _mm_max_ps(a, _mm_movehl_ps(a, a));
     return _mm_cvtss_f32(_mm_max_ss(pair, _mm_shuffle_ps(pair, pair, 1)));
 }
+static inline void reduce_add(const F v[4], float out[4]) {
+    for (int i = 0; i < 4; ++i) out[i] = reduce_add(v[i]);
+}
+static inline void reduce_max(const F v[4], float out[4]) {
+    for (int i = 0; i < 4; ++i) out[i] = reduce_max(v[i]);
+}
 static inline M greater(F a, F b) { return _mm_cmpgt_ps(a, b); }
 static inline bool any(M m) { return _mm_movemask_ps(m) != 0; }
 static inline F select(M m, F a, F b) { return _mm_or_ps(_mm_and_ps(m, a), _mm_andnot_ps(m, b)); }
@@ -71,8 +77,8 @@ static inline void dot(Sum& sum, Codes codes, const int32_t* weights) {
     sum.total = _mm_add_epi32(sum.total, _mm_add_epi32(even, odd));
 }
 static inline F sum_to_float(Sum sum) { return to_float(sum.total); }
-static inline void store_weights(int32_t* to, I weights) {
-    const I even_odd = _mm_shuffle_epi32(weights, _MM_SHUFFLE(3, 1, 2, 0));
+static inline void store_weights(int32_t* to, F x, float factor) {
+    const I even_odd = _mm_shuffle_epi32(to_int(mul(x, set1(factor))), _MM_SHUFFLE(3, 1, 2, 0));
     _mm_storel_epi64((__m128i*)to, _mm_packs_epi32(even_odd, even_odd));
 }
 

@@ -77,7 +77,7 @@ int main(int argc, char** argv) {
     a.layout = &layout;
     a.rows = a.queries = 1;
     a.q_heads = heads;
-    a.past = blocks * block_tokens;
+    a.past = a.position = blocks * block_tokens;
     a.new_tokens = &added;
     a.query = query.data();
     a.query_head_stride = a.output_head_stride = size;

@@ -185,7 +185,7 @@ struct Case {
         a.rows = p.rows;
         a.q_heads = heads();
         a.queries = p.queries;
-        a.past = past;
+        a.past = a.position = past;
         a.caches = caches.data();
         a.new_tokens = new_tokens.data();
         a.query = query.data();

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import logging
 import traceback
+from types import CodeType
 from typing import Any
 
 import numpy as np
@@ -65,7 +66,7 @@ class PythonHost:
     def __init__(self) -> None:
         self._default_backend: Backend | None = None
         self._failures: dict[int, tuple[int, BaseException]] = {}
-        self._interrupts = InterruptGuard(hook._on_pyop_invocation.__code__)
+        self._interrupts = InterruptGuard(_callback())
 
     def serve(self, backend: str) -> None:
         """Make the ops known, with `backend` for default caches."""
@@ -79,15 +80,15 @@ class PythonHost:
         if error is None or isinstance(error, KiviError):
             return error
         if isinstance(error, Exception):
-            unexpected = CacheError(f"cache {handle}: unexpected {type(error).__name__}: {error}; please report it")
+            unexpected = CacheError(
+                f"cache {handle}: expected the op to run, got {_described(error)}; please report it"
+            )
             unexpected.__cause__ = error
             return unexpected
         self._interrupts.delivered()
         return error
 
-    def kv_cache_step(
-        self, cache_handle: IntArray, past_length: IntArray, **wire: int | str
-    ) -> tuple[_Output, _Output]:
+    def kv_cache_step(self, cache_handle: IntArray, past_length: IntArray, **wire: str) -> tuple[_Output, _Output]:
         """The op KvCacheStep: (P, ticket), or (a P that later shapes agree with, -1) after an error."""
         handle = length = DEFAULT_HANDLE
         try:
@@ -112,7 +113,7 @@ class PythonHost:
         attn_mask: FloatArray,
         head_sink: FloatArray,
         step: IntArray,
-        **wire: int | str,
+        **wire: str,
     ) -> _Output:
         """The op QuantizedKvSdpa: (B, Hq, S, Dv), NaN after an error."""
         ticket = NO_STEP
@@ -139,7 +140,8 @@ class PythonHost:
             traceback.clear_frames(error.__traceback__)
             if self._failures.get(handle, (NO_STEP, None))[0] != ticket or ticket == NO_STEP:
                 self._failures[handle] = ticket, error
-                log.error("%s", error or type(error).__name__)
+                if isinstance(error, Exception):
+                    log.error("%s", _described(error))
         except BaseException as unreportable:
             self._failures[handle] = ticket, unreportable
 
@@ -171,21 +173,33 @@ def take_error(handle: int) -> BaseException | None:
 def _declare() -> None:
     """Declare the ops, once per process, to onnxruntime-extensions."""
     for spec, body in ((KV_CACHE_STEP, HOST.kv_cache_step), (QUANTIZED_KV_SDPA, HOST.quantized_kv_sdpa)):
-        onnx_op(
+        declare = onnx_op(
             op_type=f"{DOMAIN}::{spec.name}",
             inputs=[ELEMENTS[t.element] for t in spec.inputs],
             outputs=[ELEMENTS[t.element] for t in spec.outputs],
             attrs={a.name: WIRES[a.wire] for a in spec.attributes},
-        )(body)
+        )
+        declare(body).cast_attributes = _as_text
+
+
+def _callback() -> CodeType:
+    """The function that onnxruntime-extensions calls from C++: no exception may leave it, nor start in it."""
+    callback = getattr(hook, "_on_pyop_invocation", PythonHost.quantized_kv_sdpa)
+    return callback.__code__
+
+
+def _as_text(attributes: dict[str, str]) -> dict[str, str]:
+    """Attributes as they arrive: the library's own conversion takes longer than all else here, and the spec parses."""
+    return attributes
 
 
 @functools.lru_cache(maxsize=4096)
-def _sdpa_attributes(wire: tuple[tuple[str, int | str], ...]) -> SdpaAttributes:
+def _sdpa_attributes(wire: tuple[tuple[str, str], ...]) -> SdpaAttributes:
     return SdpaAttributes.from_wire(dict(wire))
 
 
 @functools.lru_cache(maxsize=64)
-def _step_attributes(wire: tuple[tuple[str, int | str], ...]) -> StepAttributes:
+def _step_attributes(wire: tuple[tuple[str, str], ...]) -> StepAttributes:
     return StepAttributes.from_wire(dict(wire))
 
 
@@ -194,6 +208,11 @@ def _check_one(name: str, value: IntArray) -> None:
         raise CacheError(
             f"KvCacheStep: {name}: expected shape (1), got {value.shape}; one per row is not supported yet"
         )
+
+
+def _described(error: BaseException) -> str:
+    """An error's message; of an unforeseen one also its type, and that without trusting its __str__."""
+    return str(error) if isinstance(error, KiviError) else "".join(traceback.format_exception_only(error)).strip()
 
 
 def _nan(query: FloatArray, value: FloatArray) -> FloatArray:

@@ -142,10 +142,10 @@ def _attend_queries(
             mixed_HGSD *= fade
             mixed_HGSD += _mix(attributes, tile.value, v_head_size, p_HMT).reshape(mixed_HGSD.shape)
             peak_HGS1 = new_peak
-        output_HGSD: FloatArray = mixed_HGSD / total_HGS1
+        mixed_HGSD /= total_HGS1
         if attributes.nan_to_zero:
-            np.copyto(output_HGSD, np.float32(0), where=np.isnan(total_HGS1) | (total_HGS1 == 0))
-    return output_HGSD.reshape(q_heads, queries, v_head_size)
+            np.copyto(mixed_HGSD, np.float32(0), where=np.isnan(total_HGS1) | (total_HGS1 == 0))
+    return mixed_HGSD.reshape(q_heads, queries, v_head_size)
 
 
 def _finite(peak: FloatArray) -> FloatArray:

@@ -1,0 +1,71 @@
+"""Models that consist of the two ops and nothing else, built from the spec."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+import onnxruntime as ort
+from onnx import TensorProto, helper
+
+from onnx_kivi import spec
+from onnx_kivi.runtime import host
+
+ELEMENTS = {"float": TensorProto.FLOAT, "int64": TensorProto.INT64}
+CONTROL = {spec.HANDLE_INPUT: spec.DEFAULT_HANDLE, spec.PAST_LENGTH_INPUT: spec.COMMITTED_LENGTH}
+
+
+def model(
+    nodes: Sequence[spec.SdpaAttributes],
+    model_id: str,
+    *,
+    step_wire: Mapping[str, Any] | None = None,
+    sdpa_wire: Mapping[str, Any] | None = None,
+) -> onnx.ModelProto:
+    """A model that feeds the same tensors to all `nodes`, with outputs past_length, out0, out1, ...
+
+    The wire mappings overwrite attributes as they are written in the file; None leaves one out.
+    """
+    step, sdpa = spec.OPS
+    tensors = [t for t in sdpa.inputs if t.name != "step"]
+    inputs = [helper.make_tensor_value_info(t.name, ELEMENTS[t.element], None) for t in tensors]
+    inputs += [helper.make_tensor_value_info(name, TensorProto.INT64, None) for name in CONTROL]
+    defaults = [helper.make_tensor(name, TensorProto.INT64, [1], [value]) for name, value in CONTROL.items()]
+    attributes = spec.StepAttributes(model_id=model_id, layers=len(nodes)).to_wire()
+    proto_nodes = [_node(step, ["past", "ticket"], list(CONTROL), attributes, step_wire)]
+    outputs = [helper.make_tensor_value_info("past", TensorProto.INT64, None)]
+    for i, node in enumerate(nodes):
+        proto_nodes.append(_node(sdpa, [f"out{i}"], [t.name for t in tensors] + ["ticket"], node.to_wire(), sdpa_wire))
+        outputs.append(helper.make_tensor_value_info(f"out{i}", TensorProto.FLOAT, None))
+    graph = helper.make_graph(proto_nodes, "nodes", inputs, outputs, defaults)
+    opsets = [helper.make_opsetid("", 18), helper.make_opsetid(spec.DOMAIN, spec.OPSET_VERSION)]
+    return helper.make_model(graph, opset_imports=opsets, ir_version=spec.MIN_IR_VERSION)
+
+
+def session(model_proto: onnx.ModelProto, backend: str) -> ort.InferenceSession:
+    """A plain onnxruntime session, one thread, served by the Python host."""
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    options.intra_op_num_threads = 1
+    host.register(options, backend)
+    return ort.InferenceSession(model_proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
+
+
+def feeds(
+    key: npt.NDArray[np.float32], value: npt.NDArray[np.float32], *, q_heads: int | None = None, **control: int
+) -> dict[str, npt.NDArray[Any]]:
+    """Inputs of one run: no mask, no head sink, keys (repeated over query heads) as queries."""
+    repeats = (q_heads or key.shape[1]) // key.shape[1]
+    none = np.zeros((0,), np.float32)
+    tensors = {"query": np.repeat(key, repeats, 1), "key": key, "value": value, "attn_mask": none, "head_sink": none}
+    return tensors | {name: np.array([number], np.int64) for name, number in control.items()}
+
+
+def _node(
+    op: spec.OpSpec, outputs: list[str], inputs: list[str], wire: dict[str, Any], changes: Mapping[str, Any] | None
+) -> onnx.NodeProto:
+    attributes = {name: value for name, value in (wire | dict(changes or {})).items() if value is not None}
+    return helper.make_node(op.name, inputs, outputs, domain=spec.DOMAIN, name=outputs[0], **attributes)

@@ -20,7 +20,7 @@ from .runtime.cache import Cache
 from .runtime.hosts import library_path, register
 from .runtime.quantize import quant_dequant
 from .session import Session
-from .verify import Verification, verify
+from .verification import Verification, verify
 
 try:
     __version__ = version("onnx_kivi")

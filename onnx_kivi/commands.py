@@ -24,7 +24,7 @@ from .rewriter import rewrite
 from .runtime.hosts import describe
 from .session import Session, model_path, open_decoder
 from .tokenizer import Tokenizer, chat
-from .verify import Verification, verify
+from .verification import Verification, verify
 from .views import (
     bench_view,
     demo_view,

@@ -26,7 +26,7 @@ from .rewriter import rewrite
 from .session import Session, open_model
 from .spec import DENSE_BITS
 from .tokenizer import Tokenizer
-from .verify import Verification, verify
+from .verification import Verification, verify
 
 CONTEXT_TOKENS = 1100
 TOPIC = "break"

@@ -17,7 +17,7 @@ from .demo import Contender, Demo
 from .evaluate import Evaluation
 from .inspector import Report
 from .runtime.cache import Cache
-from .verify import Verification
+from .verification import Verification
 
 
 def size(count: int) -> str:

@@ -32,8 +32,11 @@ def tiny_config(**changes: Any) -> DecoderConfig:
     return DecoderConfig(**(defaults | changes))
 
 
-def random_weights(seed: int = 0, key_outlier: float = 0.0) -> Weights:
-    """Weights that depend only on seed, name and shape; `key_outlier` is added to a key bias in every 16."""
+def random_weights(seed: int = 0, key_outlier: float = 0.0, sharpness: float = SHARPNESS) -> Weights:
+    """Weights that depend only on seed, name and shape; `key_outlier` is added to a key bias in every 16.
+
+    sharpness scales the attention's projections: at 2 attention is peaked, and small errors of keys grow.
+    """
 
     def weights(name: str, shape: tuple[int, ...]) -> Array:
         generator = np.random.default_rng([seed, zlib.crc32(name.encode())])
@@ -45,7 +48,7 @@ def random_weights(seed: int = 0, key_outlier: float = 0.0) -> Weights:
                 array[::16] += key_outlier
             return array
         if len(shape) == 2 and "embed" not in name:
-            array *= (SHARPNESS if name.split(".")[-2] in {"q_proj", "k_proj", "v_proj", "o_proj"} else 1.0) / np.sqrt(
+            array *= (sharpness if name.split(".")[-2] in {"q_proj", "k_proj", "v_proj", "o_proj"} else 1.0) / np.sqrt(
                 np.float32(shape[0])
             )
         return array
@@ -54,7 +57,12 @@ def random_weights(seed: int = 0, key_outlier: float = 0.0) -> Weights:
 
 
 def tiny_decoder(
-    config: DecoderConfig | None = None, spelling: Spelling | None = None, *, seed: int = 0, key_outlier: float = 0.0
+    config: DecoderConfig | None = None,
+    spelling: Spelling | None = None,
+    *,
+    seed: int = 0,
+    key_outlier: float = 0.0,
+    sharpness: float = SHARPNESS,
 ) -> onnx.ModelProto:
     """A decoder of `config` with random weights, written as `spelling` says."""
-    return emit(config or tiny_config(), random_weights(seed, key_outlier), spelling)
+    return emit(config or tiny_config(), random_weights(seed, key_outlier, sharpness), spelling)

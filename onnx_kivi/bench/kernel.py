@@ -11,13 +11,14 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from ..errors import BackendUnavailableError, ConfigError
 from ..progress import Progress, silent
 from ..runtime.backend import Backend, FloatArray
-from ..runtime.hosts import describe, thread_limit
+from ..runtime.hosts import describe, limit_threads
 from ..runtime.select import get_backend
 from ..spec import COMMITTED_LENGTH, DENSE_BITS, SdpaAttributes, StepAttributes
 from .contenders import Contender, Shape, concat, group_query_attention, layers_for
@@ -35,7 +36,7 @@ class KernelBench:
     """rows: name, median ms of one step, and GB of cache read per second. ratios: how many times faster than each;
     `stream` is our bytes per second over the streaming-read limit's."""
 
-    rows: list[dict[str, float | str]]
+    rows: list[dict[str, Any]]
     ratios: dict[str, float]
     isa: str
     threads: int
@@ -121,13 +122,13 @@ def kernel_bench(
         )
     shape = Shape(heads, kv_heads, head_size, context)
     total = CACHE_FACTOR * last_level_cache_bytes()
-    with thread_limit(threads):
-        progress("filling caches", 0.0)
-        ours = [BackendContender(b, shape, bits, total) for b in _available(backends)]
-        theirs: list[Contender] = [concat(shape, total, threads), group_query_attention(shape, total, threads, 32)]
-        theirs += [group_query_attention(shape, total, threads, b) for b in (8, 4) if head_size % 2 == 0]
-        stream = StreamReader(ours[0].layer_bytes, total, threads)
-        ms = _interleave([*ours, *theirs, stream], progress)
+    limit_threads(threads)
+    progress("filling caches", 0.0)
+    ours = [BackendContender(b, shape, bits, total) for b in _available(backends)]
+    theirs: list[Contender] = [concat(shape, total, threads), group_query_attention(shape, total, threads, 32)]
+    theirs += [group_query_attention(shape, total, threads, b) for b in (8, 4) if head_size % 2 == 0]
+    stream = StreamReader(ours[0].layer_bytes, total, threads)
+    ms = _interleave([*ours, *theirs, stream], progress)
     for contender in ours:
         contender.close()
     rows = [
@@ -168,5 +169,5 @@ def _interleave(contenders: Sequence[Contender], progress: Progress) -> dict[str
             if turn >= WARM_UP:
                 times[contender.name].append((time.perf_counter() - start) * 1e3)
         turn += 1
-        progress("taking turns", min(0.99, (time.perf_counter() - began) / BUDGET_SECONDS))
+        progress("taking turns", turn / MAX_TURNS)
     return {name: float(np.median(ms)) for name, ms in times.items()}

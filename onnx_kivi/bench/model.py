@@ -98,7 +98,7 @@ def _template(session: Session) -> CacheState:
     """One token's cache: tells each slot's attributes and shapes."""
     with session.new_cache() as cache:
         Decoder(session, cache).step(np.ones((1, 1), np.int64))
-        return cache.export_state()
+        return session.backend.export_state(cache.handle)
 
 
 def _filled(session: Session, template: CacheState, context: int) -> Cache:

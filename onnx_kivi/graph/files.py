@@ -199,9 +199,10 @@ class _staged:  # noqa: N801
         return self._path
 
     def __exit__(self, kind: object, *_: object) -> None:
-        if kind is None:
-            self._path.replace(self._file)
-        else:
+        try:
+            if kind is None:
+                self._path.replace(self._file)
+        finally:
             self._path.unlink(missing_ok=True)
 
 

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import os
+from importlib.metadata import version
+from types import ModuleType
 from typing import Any
 
-import onnx
 import onnxruntime as ort
-import onnxruntime_extensions
 
 from ..errors import BackendUnavailableError, ConfigError
 from . import host as python_host
 from .backend import Backend
 from .select import get_backend
 
+THREADS_ENVIRONMENT = "ONNX_KIVI_THREADS"
+ISA_ENVIRONMENT = "ONNX_KIVI_ISA"
 HOSTS = ("auto", "python", "native")
 
 
@@ -49,18 +51,42 @@ def library_path() -> str:
 
     Raises BackendUnavailableError where it was not built.
     """
-    raise BackendUnavailableError("library_path: expected the native library, got an install without it")
+    path: str = _native().library_path()
+    return path
+
+
+def limit_threads(count: int) -> None:
+    """Let the native backend use `count` threads; they start with its first work. Raises ConfigError if they have."""
+    os.environ[THREADS_ENVIRONMENT] = str(count)
+    if get_backend().name == "native" and (running := _native().thread_count()) != count:
+        raise ConfigError(
+            f"threads: expected {count}, got {running}, with which this process runs already; set "
+            f"{THREADS_ENVIRONMENT}={count} before it starts"
+        )
 
 
 def describe() -> dict[str, Any]:
-    """Facts for `info`: what is chosen here, and what it is chosen from."""
+    """Facts for `info`: what is chosen here, why, and what it is chosen from."""
     host, backend = choose()
-    return {
-        "host": host,
-        "backend": backend.name,
-        "isa": "numpy",
-        "threads": os.cpu_count(),
-        "onnx": onnx.__version__,
-        "onnxruntime": ort.__version__,
-        "onnxruntime_extensions": onnxruntime_extensions.__version__,
-    }
+    facts: dict[str, Any] = {"host": host, "hosts": ["python"], "backend": backend.name, "backends": ["numpy"]}
+    try:
+        native = _native()
+    except BackendUnavailableError as error:
+        facts |= {"isa": "numpy", "reason": str(error), "threads": 1}
+    else:
+        forced = os.environ.get(ISA_ENVIRONMENT)
+        facts["backends"].insert(0, "native")
+        facts |= {
+            "isa": native.isa() if backend.name == "native" else "numpy",
+            "isa_levels": native.isa_levels(),
+            "reason": f"{ISA_ENVIRONMENT}={forced}" if forced else "the best level that this machine runs",
+            "threads": native.thread_count(),
+        }
+    return facts | {name: version(name) for name in ("onnx", "onnxruntime", "onnxruntime_extensions", "numpy")}
+
+
+def _native() -> ModuleType:
+    get_backend("native")
+    from . import native
+
+    return native

@@ -202,7 +202,7 @@ def test_output_that_cannot_be_written(tiny: Path, tmp_path: Path, run: Run) -> 
 def test_failed_verification_writes_nothing(
     tiny: Path, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("onnx_kivi.verify.ROUNDING", {"float": (1e-13, 1e-13)})
+    monkeypatch.setattr("onnx_kivi.verification.ROUNDING", {"float": (1e-13, 1e-13)})
     out = old_file(tmp_path)
     code, _, err = run("rewrite", tiny, "-o", out, "--bits", 32)
     assert code == 1

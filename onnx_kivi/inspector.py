@@ -84,7 +84,7 @@ def examine(model: Model) -> Findings:
     missed = [miss for miss in found if isinstance(miss, Miss)]
     plan = Plan({}, {})
     while sites:
-        refused = _mixed_layers(sites) or misses(decoder, sites)
+        refused = _unlike_a_cache(sites) or misses(decoder, sites)
         if not refused:
             planned = make_plan(decoder, sites)
             if isinstance(planned, Plan):
@@ -121,13 +121,17 @@ def _matches(decoder: Decoder) -> Iterator[Site | Miss]:
                     yield found
 
 
-def _mixed_layers(sites: Sequence[Site]) -> dict[int, Miss]:
-    """The sites whose caches are named as keys and values of different layers, by position."""
-    return {
-        i: Miss(site.node, f"keys and values come from caches of different layers: {', '.join(site.cache_inputs)}")
-        for i, site in enumerate(sites)
-        if len({_layer(name) for name in site.cache_inputs} - {None}) > 1
-    }
+def _unlike_a_cache(sites: Sequence[Site]) -> dict[int, Miss]:
+    """Sites whose keys and values are named as of different layers, or are not returned, by position."""
+    found = {}
+    for i, site in enumerate(sites):
+        if len({_layer(name) for name in site.cache_inputs} - {None}) > 1:
+            names = ", ".join(site.cache_inputs)
+            found[i] = Miss(site.node, f"keys and values come from caches of different layers: {names}")
+        elif "" in site.cache_outputs:
+            name = site.cache_inputs[site.cache_outputs.index("")]
+            found[i] = Miss(site.node, f"no output returns {name!r} joined with the new tokens; it may be no cache")
+    return found
 
 
 def _layer(name: str) -> int | None:
@@ -162,7 +166,7 @@ def _unread(decoder: Decoder, cache: Cache) -> str:
     readers = [n for n in decoder.graph.consumers(cache.joined) if n.op != "Shape" and n.index not in cache.nodes]
     if not readers:
         return "a cache that nothing reads"
-    return f"a cache that {readers[0]} reads; no attention family knows what follows"
+    return f"a cache that {readers[0]} reads, after which no attention family recognizes it"
 
 
 def _grows(decoder: Decoder, name: str) -> bool:

@@ -57,7 +57,7 @@ class Decoder:
         return tuple(
             name
             for name, info in self.graph.inputs.items()
-            if name not in joined and element_name(info) and name.startswith(("past", "cache"))
+            if name not in joined and element_name(info) and is_cache_name(self.graph, name)
         )
 
     @cached_property
@@ -112,6 +112,8 @@ def _join(graph: Graph, name: str, rank: int, ports: Mapping[str, tuple[Port, ..
             tensor = node.outputs[0]
             continue
         if node.op == "Concat" and len(node.inputs) == 2 and node.inputs[0] == tensor != node.inputs[1]:
+            if is_cache_name(graph, node.inputs[1]):
+                return None
             axis = node.attr("axis", 0) % rank
             output, more = _returned(graph, node.outputs[0])
             return Cache(name, output, node.outputs[0], node.inputs[1], axis, rank, frozenset((*nodes, *more)))
@@ -133,6 +135,11 @@ def _returned(graph: Graph, joined: str) -> tuple[str, list[int]]:
             if output:
                 return output, [node.index, *nodes]
     return "", []
+
+
+def is_cache_name(graph: Graph, tensor: str) -> bool:
+    """Whether a tensor is a graph input that is named like a cache."""
+    return tensor in graph.inputs and tensor.startswith(("past", "cache"))
 
 
 def is_float_cast(shapes: Shapes, node: Node) -> bool:

@@ -60,7 +60,7 @@ def cache_view(decoder: Decoder, tensor: str) -> CacheView | None:
         path.append((node, source))
         tensor = source
     cache = decoder.caches[tensor]
-    shape = decoder.shapes.shape(tensor)
+    shape = decoder.shapes.shape(tensor) or decoder.shapes.shape(cache.input)
     if shape is None or len(shape) != 4:
         raise MissError(f"cache {cache.input!r}: expected 4 axes, got {'unknown' if shape is None else len(shape)}")
     axes: Axes = tuple((Atom(i, size),) for i, size in enumerate(shape))

@@ -32,7 +32,7 @@ def cache_operand(view: CacheView, reader: Node, tokens_last: bool) -> Operand:
 
 def cache_sizes(decoder: Decoder, view: CacheView, operand: Operand) -> tuple[int, int | None]:
     """Heads of a cache, and its head size if that is declared."""
-    shape = decoder.shapes.shape(view.cache.joined) or ()
+    shape = decoder.shapes.shape(view.cache.input) or ()
     heads, size = shape[operand.layout.index("H")], shape[operand.layout.index("D")]
     if not isinstance(heads, int):
         raise MissError(

@@ -1,0 +1,133 @@
+"""One-layer decoders written out by hand, line by line, so that a test can change one line and see what that does.
+
+`decoder(**changes)` replaces lines of the template by name (None drops one); `replay` runs an original and its rewrite
+on the same tokens. Sizes: batch 2, 4 query heads over 2 kv heads of 8.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+import onnx.parser
+import onnxruntime as ort
+
+import onnx_kivi as kivi
+
+BATCH, HEADS, KV_HEADS, SIZE = 2, 4, 2, 8
+STEPS = (5, 3, 1, 1)
+
+INPUTS = {
+    "query": f"float[B,{HEADS},S,{SIZE}] query",
+    "key": f"float[B,{KV_HEADS},S,{SIZE}] key",
+    "value": f"float[B,{KV_HEADS},S,{SIZE}] value",
+    "mask": "float[B,1,S,T] mask",
+    "past_key": f"float[B,{KV_HEADS},P,{SIZE}] past_0_key",
+    "past_value": f"float[B,{KV_HEADS},P,{SIZE}] past_0_value",
+}
+OUTPUTS = {
+    "out": f"float[B,{HEADS},S,{SIZE}] out",
+    "present_key": f"float[B,{KV_HEADS},T,{SIZE}] present_0_key",
+    "present_value": f"float[B,{KV_HEADS},T,{SIZE}] present_0_value",
+}
+LINES = {
+    "join_key": "present_0_key = Concat<axis=2>(past_0_key, key)",
+    "join_value": "present_0_value = Concat<axis=2>(past_0_value, value)",
+    "repeat_key": "k5 = Unsqueeze(present_0_key, i(2)) k6 = Expand(k5, i(1,1,2,1,1)) k = Reshape(k6, i(0,4,-1,8))",
+    "repeat_value": "v5 = Unsqueeze(present_0_value, i(2)) v6 = Expand(v5, i(1,1,2,1,1)) v = Reshape(v6, i(0,4,-1,8))",
+    "transpose": "kt = Transpose<perm=[0,1,3,2]>(k)",
+    "product": "scores = MatMul(query, kt)",
+    "scale": "scaled = Mul(scores, f(0.3))",
+    "mask": "masked = Add(scaled, mask)",
+    "softmax": "weights = Softmax<axis=-1>(masked)",
+    "guard": "",
+    "values": "out = MatMul(weights, v)",
+}
+CONSTANT = re.compile(r"\b([if])\(([-+.\de,]+)\)")
+
+
+def decoder(
+    *,
+    opset: int = 18,
+    inputs: Mapping[str, str | None] | None = None,
+    outputs: Mapping[str, str | None] | None = None,
+    domains: str = "",
+    **lines: str | None,
+) -> onnx.ModelProto:
+    """The template with these inputs, outputs and lines in the place of those of the same name.
+
+    `i(1,2)` and `f(0.5)` in a line stand for constants: a list of int64, a float scalar (or list).
+    """
+    unknown = lines.keys() - LINES.keys()
+    assert not unknown, f"no such line: {unknown}"
+    body = "\n".join(filter(None, (LINES | lines).values()))
+    constants: dict[str, str] = {}
+
+    def name(match: re.Match[str]) -> str:
+        kind, text = match.groups()
+        count = text.count(",") + 1
+        size = "" if kind == "f" and count == 1 else f"[{count}]"
+        return constants.setdefault(
+            f"{'int64' if kind == 'i' else 'float'}{size} %s = {{{text}}}", f"c{len(constants)}"
+        )
+
+    body = CONSTANT.sub(name, body)
+    values = ", ".join(text % name for text, name in constants.items())
+    takes, gives = (
+        ", ".join(filter(None, (table | dict(changes or {})).values()))
+        for table, changes in ((INPUTS, inputs), (OUTPUTS, outputs))
+    )
+    return onnx.parser.parse_model(
+        f'<ir_version: 10, opset_import: ["": {opset}{domains}]> decoder ({takes}) => ({gives}) <{values}> {{ {body} }}'
+    )
+
+
+def feeds(rng: np.random.Generator, past: int, count: int, model: onnx.ModelProto) -> dict[str, Any]:
+    """Random new tokens and a causal mask (float with -3e38, or bool) for whatever inputs the model has."""
+    sizes = {"B": BATCH, "S": count, "T": past + count, "P": past}
+    out: dict[str, Any] = {}
+    seen = np.arange(past + count) <= past + np.arange(count)[:, None]
+    for info in model.graph.input:
+        if info.name.startswith("past") or info.name in ("cache_handle", "past_length"):
+            continue
+        shape = [sizes[d.dim_param] if d.dim_param else d.dim_value for d in info.type.tensor_type.shape.dim]
+        if info.type.tensor_type.elem_type == onnx.TensorProto.BOOL:
+            out[info.name] = np.broadcast_to(seen, shape).copy()
+        elif info.name == "mask":
+            out[info.name] = np.broadcast_to(np.where(seen, 0, -3e38), shape).astype(np.float32)
+        elif info.type.tensor_type.elem_type == onnx.TensorProto.INT64:
+            out[info.name] = rng.integers(0, 3, shape)
+        else:
+            out[info.name] = rng.standard_normal(shape, np.float32)
+    return out
+
+
+def replay(model: onnx.ModelProto, folder: Path, bits: int = 32) -> list[tuple[npt.NDArray[Any], npt.NDArray[Any]]]:
+    """(original, rewritten) outputs of prefill, chunk and single steps."""
+    path = folder / "rewritten.onnx"
+    config = kivi.KiviConfig(bits, bits, block_tokens=4, residual_length=0, sink_length=0)
+    kivi.save(kivi.rewrite(model, config)[0], path)
+    onnx.checker.check_model(str(path), full_check=True)
+    options = ort.SessionOptions()
+    options.log_severity_level = 4
+    original = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    rewritten = kivi.Session(path)
+    rng = np.random.default_rng(0)
+    shapes = {
+        i.name: [d if isinstance(d, int) else {"B": BATCH}.get(d, 0) for d in i.shape] for i in original.get_inputs()
+    }
+    past = {name: np.zeros(shape, np.float32) for name, shape in shapes.items() if name.startswith("past")}
+    names = [o.name for o in original.get_outputs()]
+    results, length = [], 0
+    for count in STEPS:
+        new = feeds(rng, length, count, model)
+        before = dict(zip(names, original.run(None, new | past), strict=True))
+        results.append((before["out"], rewritten.run(["out"], new)[0]))
+        past = {name: before[name.replace("past", "present")] for name in past}
+        length += count
+    return results

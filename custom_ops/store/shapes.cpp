@@ -15,13 +15,13 @@ std::string expected_text(const TensorSpec& spec, const Dims& dims) {
     return "(" + text + ")" + (spec.broadcast ? " (each may be 1)" : "");
 }
 
+}  // namespace
+
 std::string tuple_text(const std::vector<int64_t>& shape) {
     std::string text;
     for (const int64_t size : shape) text += (text.empty() ? "" : ", ") + std::to_string(size);
     return "(" + text + (shape.size() == 1 ? ",)" : ")");
 }
-
-}  // namespace
 
 const std::array<TensorSpec, 5>& sdpa_tensors() {
     static const std::array<TensorSpec, 5> tensors{{

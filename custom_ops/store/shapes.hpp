@@ -28,6 +28,9 @@ struct TensorSpec {
 KIVI_API const std::array<TensorSpec, 5>& sdpa_tensors();
 KIVI_API const char* letter_name(Letter letter);
 
+// A shape as Python writes a tuple.
+std::string tuple_text(const std::vector<int64_t>& shape);
+
 // Extends `dims` by one input's shape. Throws Error(cache) naming `where`, the input, expected and got.
 void check_shape(const std::string& where, const TensorSpec& spec, const std::vector<int64_t>& shape, Dims& dims);
 

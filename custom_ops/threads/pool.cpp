@@ -89,10 +89,12 @@ int physical_cores() {
 }
 
 std::atomic<bool> forked{false};
+std::atomic<int> running{0};  // threads of the pool, once it has started
 
 }  // namespace
 
 int default_threads() {
+    if (const int threads = running.load()) return threads;
     static const int cores = physical_cores();
     const char* text = std::getenv("ONNX_KIVI_THREADS");
     if (text == nullptr || *text == '\0') return cores;
@@ -109,7 +111,9 @@ Scheduler& default_scheduler() {
     // Never destroyed: at exit a worker may still be needed by, or asleep under, another static object.
     static Pool* const pool = [] {
         pthread_atfork(nullptr, nullptr, [] { forked.store(true, std::memory_order_relaxed); });
-        return new Pool(default_threads());
+        auto* const made = new Pool(default_threads());
+        running.store(made->threads());
+        return made;
     }();
     static Serial serial;
     if (forked.load(std::memory_order_relaxed)) return serial;

@@ -8,12 +8,14 @@ nothing is compiled.
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
 import onnxruntime as ort
 
 from .. import _native
+from ..errors import BackendUnavailableError, CacheError, ConfigError, KiviError, SpecMismatchError
 from ..spec import SdpaAttributes, StepAttributes
 from .backend import BlockState, CacheState, FloatArray, QuantizedBlock, RowState, SlotState
 from .state import check_state
@@ -113,6 +115,19 @@ def register(options: ort.SessionOptions) -> None:
 
 def isa() -> str:
     """ISA level that the kernel runs at."""
+    return _native.isa()
+
+
+def error_from(failure: BaseException) -> KiviError | None:
+    """The error that a native node refused with, from the exception that onnxruntime made of it; None if not ours."""
+    found = re.search(r"onnx_kivi (\w+): (.*)", str(failure), re.DOTALL)
+    kinds = (CacheError, ConfigError, SpecMismatchError, BackendUnavailableError)
+    kind = next((k for k in kinds if found and k.__name__ == found[1]), None)
+    return kind(found[2]) if found and kind else None
+
+
+def isa() -> str:
+    """The ISA level in use. Raises BackendUnavailableError if ONNX_KIVI_ISA names one that can't run here."""
     return _native.isa()
 
 

@@ -1,0 +1,14 @@
+// The two ops of the domain as onnxruntime custom ops.
+#pragma once
+
+#include <vector>
+
+#include "ort_abi.hpp"
+
+namespace onnx_kivi::ort {
+
+// All of them, for sessions of one onnxruntime; QuantizedKvSdpa once for each element type. They are stateless and
+// never freed, because options and sessions hold them by pointer.
+std::vector<const CustomOp*> make_custom_ops(const OrtApi* api);
+
+}  // namespace onnx_kivi::ort

@@ -1,0 +1,45 @@
+// RegisterCustomOps: what onnxruntime calls when a session's options name this library.
+#include <map>
+#include <mutex>
+
+#include "../store/kernel_choice.hpp"
+#include "../threads/pool.hpp"
+#include "api.hpp"
+#include "ops.hpp"
+
+namespace onnx_kivi::ort {
+
+namespace {
+
+// One domain for each onnxruntime in the process: options hold it by pointer and never release it.
+OrtCustomOpDomain* domain(const OrtApi* api) {
+    static std::mutex mutex;
+    static auto* const domains = new std::map<const OrtApi*, OrtCustomOpDomain*>;
+    const std::lock_guard lock(mutex);
+    OrtCustomOpDomain*& domain = (*domains)[api];
+    if (domain == nullptr) {
+        OrtCustomOpDomain* made = nullptr;
+        check(call<CreateCustomOpDomain>(api, "onnx_kivi", &made));
+        for (const CustomOp* op : make_custom_ops(api)) check(call<CustomOpDomain_Add>(api, made, op));
+        domain = made;
+    }
+    return domain;
+}
+
+}  // namespace
+
+extern "C" KIVI_API OrtStatus* RegisterCustomOps(OrtSessionOptions* options, const ApiBase* base) {
+    const OrtApi* api = base->GetApi(API_VERSION);
+    if (api == nullptr) {
+        const std::string message = "onnx_kivi: expected onnxruntime 1." + std::to_string(API_VERSION) +
+                                    " or later, got " + base->GetVersionString() + "; upgrade onnxruntime";
+        return call<CreateStatus>(base->GetApi(1), int32_t{NOT_IMPLEMENTED}, message.c_str());
+    }
+    return guarded(api, [&] {
+        active_kernel();  // what the environment asks for is refused here, not in the first run
+        default_threads();
+        check(call<AddCustomOpDomain>(api, options, domain(api)));
+    });
+}
+
+}  // namespace onnx_kivi::ort

@@ -1,12 +1,14 @@
 """Reading and writing model files: clear errors, weights left where they are, nothing half-written.
 
 External weights are never read. `load` notes in each external tensor the folder it came from (key `basepath` of
-onnx's external data); `save` puts the weight files beside the new model by hard link, or copies them where that is
-impossible, and notes nothing. A model too large for one protobuf file gets its weights in a file of their own.
+onnx's external data); `save` drops the note and, in another folder, copies the weight files beside the new model (as
+files, not through memory). A model too large for one protobuf file gets its weights in a file of their own.
 """
 
 from __future__ import annotations
 
+import contextlib
+import filecmp
 import os
 import shutil
 import tempfile
@@ -47,8 +49,11 @@ def load(path: str | os.PathLike[str]) -> Model:
     return model
 
 
-def save(model: Model, path: str | os.PathLike[str]) -> None:
-    """Write a model. The file gets its name when it is complete; an old one stays whole if anything fails (OSError)."""
+def save(model: Model, path: str | os.PathLike[str], *, temporary: bool = False) -> None:
+    """Write a model. The file gets its name when it is complete; an old one stays whole if anything fails (OSError).
+
+    temporary: bring external weights by hard link, at no cost; onnx.checker refuses a model with such weights.
+    """
     file = Path(path)
     shell = onnx.ModelProto()
     inline = sum(len(t.raw_data) for t in tensors(model))
@@ -57,7 +62,7 @@ def save(model: Model, path: str | os.PathLike[str]) -> None:
             _write_weights(model, shell, file)
         else:
             shell.CopyFrom(model)
-        _bring_weights(shell, file)
+        _bring_weights(shell, file, temporary)
         with _staged(file) as staged:
             staged.write_bytes(shell.SerializeToString())
     except (EncodeError, ValueError) as error:
@@ -117,7 +122,7 @@ def _drop_entry(tensor: onnx.TensorProto, key: str) -> None:
             del tensor.external_data[i]
 
 
-def _bring_weights(model: Model, file: Path) -> None:
+def _bring_weights(model: Model, file: Path, link: bool) -> None:
     """Put the weight files of `model` beside `file` and make its tensors point there."""
     placed: dict[Path, str] = {}
     for tensor in external_tensors(model):
@@ -125,27 +130,30 @@ def _bring_weights(model: Model, file: Path) -> None:
             continue
         source = external_file(tensor)
         if source not in placed:
-            placed[source] = _place(source, file, entry(tensor, "location"))
+            placed[source] = _place(source, file, entry(tensor, "location"), link)
         _set_entry(tensor, "location", placed[source])
         _drop_entry(tensor, BASE)
 
 
-def _place(source: Path, file: Path, location: str) -> str:
+def _place(source: Path, file: Path, location: str, link: bool) -> str:
+    """Have the weight file `source` beside `file`, under `location` unless another file has that name."""
     if not source.is_file():
         raise UnsupportedModelError(f"{source}: expected the model's external weights, got no such file")
-    for name in (location, f"{file.stem}-{Path(location).name}"):
+    name = location
+    target = file.parent / name
+    if target.exists() and not filecmp.cmp(source, target):
+        name = f"{file.stem}-{Path(location).name}"
         target = file.parent / name
-        if target.exists() and target.samefile(source):
-            return name
-        if not target.exists():
-            break
+    if target.exists() and filecmp.cmp(source, target):
+        return name
     target.parent.mkdir(parents=True, exist_ok=True)
     with _staged(target) as staged:
-        staged.unlink()
-        try:
-            os.link(source, staged)
-        except OSError:
-            shutil.copyfile(source, staged)
+        if link:
+            staged.unlink()
+            with contextlib.suppress(OSError):
+                os.link(source, staged)
+                return name
+        shutil.copy2(source, staged)
     return name
 
 

@@ -7,84 +7,89 @@
 
 namespace onnx_kivi::KIVI_ISA {
 
-constexpr int DENSE_ROWS = 4;
-constexpr int DENSE_VECTORS = REGISTERS == 32 ? 4 : 2;
+constexpr int DENSE_ROWS = 4;                            // rows and
+constexpr int DENSE_VECTORS = REGISTERS == 32 ? 4 : 2;  // vectors of lanes whose sums stay in registers
+
+// Lanes by depth: row k of 16 lanes at `data + k * row_stride`, the next 16 lanes `tile_stride` on.
+struct Lanes {
+    const float* data;
+    int64_t row_stride;
+    int64_t tile_stride;
+
+    const float* vector(int v) const { return data + v * W / TILE_LANES * tile_stride + v * W % TILE_LANES; }
+    Lanes from(int64_t lane) const { return {data + lane / TILE_LANES * tile_stride + lane % TILE_LANES, row_stride, tile_stride}; }
+};
 
 // out[row][lane] = or += sum over depth of a[row][depth] * b[depth][lane], for VECTORS * W lanes.
 template <int ROWS, int VECTORS, bool ADD>
-static inline void multiply_tile(const float* a, int64_t a_stride, const float* b, int64_t b_stride, int64_t depth,
-                                 float* out, int64_t out_stride) {
+static inline void multiply_tile(const float* a, int64_t a_stride, Lanes b, int64_t depth, float* out,
+                                 int64_t out_stride) {
     F sums[ROWS][VECTORS];
-#pragma GCC unroll 8
+#pragma GCC unroll 16
     for (int r = 0; r < ROWS; ++r)
 #pragma GCC unroll 8
         for (int v = 0; v < VECTORS; ++v) sums[r][v] = ADD ? load(out + r * out_stride + v * W) : set1(0);
-    for (int64_t k = 0; k < depth; ++k) {
+    for (int64_t k = 0; k < depth; ++k, b.data += b.row_stride) {
         F lanes[VECTORS];
 #pragma GCC unroll 8
-        for (int v = 0; v < VECTORS; ++v) lanes[v] = load(b + k * b_stride + v * W);
-#pragma GCC unroll 8
+        for (int v = 0; v < VECTORS; ++v) lanes[v] = load(b.vector(v));
+#pragma GCC unroll 16
         for (int r = 0; r < ROWS; ++r) {
             const F factor = set1(a[r * a_stride + k]);
 #pragma GCC unroll 8
             for (int v = 0; v < VECTORS; ++v) sums[r][v] = fma(factor, lanes[v], sums[r][v]);
         }
     }
-#pragma GCC unroll 8
+#pragma GCC unroll 16
     for (int r = 0; r < ROWS; ++r)
 #pragma GCC unroll 8
         for (int v = 0; v < VECTORS; ++v) store(out + r * out_stride + v * W, sums[r][v]);
 }
 
-template <int VECTORS, bool ADD>
-static inline void multiply_lanes(const float* a, int64_t a_stride, int64_t rows, const float* b, int64_t b_stride,
-                                  int64_t depth, float* out, int64_t out_stride) {
-    int64_t r = 0;
-    for (; r + DENSE_ROWS <= rows; r += DENSE_ROWS)
-        multiply_tile<DENSE_ROWS, VECTORS, ADD>(a + r * a_stride, a_stride, b, b_stride, depth, out + r * out_stride,
-                                                out_stride);
-    for (; r < rows; ++r)
-        multiply_tile<1, VECTORS, ADD>(a + r * a_stride, a_stride, b, b_stride, depth, out + r * out_stride, out_stride);
+// As many rows at a time as ROWS, then half as many, and so on.
+template <int ROWS, int VECTORS, bool ADD>
+static inline void multiply_lanes(const float* a, int64_t a_stride, int64_t rows, Lanes b, int64_t depth, float* out,
+                                  int64_t out_stride) {
+    for (; rows >= ROWS; rows -= ROWS, a += ROWS * a_stride, out += ROWS * out_stride)
+        multiply_tile<ROWS, VECTORS, ADD>(a, a_stride, b, depth, out, out_stride);
+    if constexpr (ROWS > 1) multiply_lanes<ROWS / 2, VECTORS, ADD>(a, a_stride, rows, b, depth, out, out_stride);
 }
 
 // lanes is a multiple of TILE_LANES.
 template <bool ADD>
-static void multiply_dense(const float* a, int64_t a_stride, int64_t rows, const float* b, int64_t b_stride,
-                           int64_t depth, int64_t lanes, float* out, int64_t out_stride) {
+static void multiply_dense(const float* a, int64_t a_stride, int64_t rows, Lanes b, int64_t depth, int64_t lanes,
+                           float* out, int64_t out_stride) {
     int64_t lane = 0;
     for (; lane + DENSE_VECTORS * W <= lanes; lane += DENSE_VECTORS * W)
-        multiply_lanes<DENSE_VECTORS, ADD>(a, a_stride, rows, b + lane, b_stride, depth, out + lane, out_stride);
+        multiply_lanes<DENSE_ROWS, DENSE_VECTORS, ADD>(a, a_stride, rows, b.from(lane), depth, out + lane, out_stride);
     for (; lane < lanes; lane += W)
-        multiply_lanes<1, ADD>(a, a_stride, rows, b + lane, b_stride, depth, out + lane, out_stride);
+        multiply_lanes<DENSE_ROWS, 1, ADD>(a, a_stride, rows, b.from(lane), depth, out + lane, out_stride);
 }
 
-// Keys (tokens <= PANEL_TOKENS, size) -> panel (size, PANEL_TOKENS), zero beyond the tokens up to a whole tile.
-static void transpose_keys(const float* keys, int64_t stride, int64_t tokens, int64_t size, float* panel) {
-    const int64_t full = tokens / TILE_LANES * TILE_LANES;
-    if (full < tokens)
-        for (int64_t d = 0; d < size; ++d)
-            for (int i = 0; i < TILE_LANES; i += W) store(panel + d * PANEL_TOKENS + full + i, set1(0));
+// Keys (up to 16 tokens, size) -> tile (size, 16), zero for tokens that are not there.
+static inline void transpose_tile(const float* keys, int64_t stride, int64_t tokens, int64_t size, float* tile) {
+    if (tokens < TILE_LANES) std::memset(tile, 0, size_t(size) * TILE_LANES * sizeof(float));
     int64_t token = 0;
 #if defined(__SSE2__)
     for (; token + 4 <= tokens; token += 4) {
         const float* from = keys + token * stride;
         int64_t d = 0;
         for (; d + 4 <= size; d += 4) {
-            __m128 a = _mm_loadu_ps(from + d), b = _mm_loadu_ps(from + stride + d);
-            __m128 c = _mm_loadu_ps(from + 2 * stride + d), e = _mm_loadu_ps(from + 3 * stride + d);
-            _MM_TRANSPOSE4_PS(a, b, c, e);
-            float* to = panel + d * PANEL_TOKENS + token;
-            _mm_storeu_ps(to, a);
-            _mm_storeu_ps(to + PANEL_TOKENS, b);
-            _mm_storeu_ps(to + 2 * PANEL_TOKENS, c);
-            _mm_storeu_ps(to + 3 * PANEL_TOKENS, e);
+            __m128 row0 = _mm_loadu_ps(from + d), row1 = _mm_loadu_ps(from + stride + d);
+            __m128 row2 = _mm_loadu_ps(from + 2 * stride + d), row3 = _mm_loadu_ps(from + 3 * stride + d);
+            _MM_TRANSPOSE4_PS(row0, row1, row2, row3);
+            float* to = tile + d * TILE_LANES + token;
+            _mm_storeu_ps(to, row0);
+            _mm_storeu_ps(to + TILE_LANES, row1);
+            _mm_storeu_ps(to + 2 * TILE_LANES, row2);
+            _mm_storeu_ps(to + 3 * TILE_LANES, row3);
         }
         for (; d < size; ++d)
-            for (int i = 0; i < 4; ++i) panel[d * PANEL_TOKENS + token + i] = from[i * stride + d];
+            for (int i = 0; i < 4; ++i) tile[d * TILE_LANES + token + i] = from[i * stride + d];
     }
 #endif
     for (; token < tokens; ++token)
-        for (int64_t d = 0; d < size; ++d) panel[d * PANEL_TOKENS + token] = keys[token * stride + d];
+        for (int64_t d = 0; d < size; ++d) tile[d * TILE_LANES + token] = keys[token * stride + d];
 }
 
 // Scores of all rows with dense keys: q (rows, size) -> scores (rows, tokens padded to whole tiles).
@@ -93,8 +98,11 @@ static void dense_scores(const float* keys, int64_t stride, int64_t tokens, int6
     for (int64_t first = 0; first < tokens; first += PANEL_TOKENS) {
         const int64_t count = tokens - first < PANEL_TOKENS ? tokens - first : PANEL_TOKENS;
         const int64_t lanes = (count + TILE_LANES - 1) / TILE_LANES * TILE_LANES;
-        transpose_keys(keys + first * stride, stride, count, size, panel);
-        multiply_dense<false>(q, q_stride, rows, panel, PANEL_TOKENS, size, lanes, scores + first, scores_stride);
+        for (int64_t lane = 0; lane < lanes; lane += TILE_LANES)
+            transpose_tile(keys + (first + lane) * stride, stride, count - lane < TILE_LANES ? count - lane : TILE_LANES,
+                           size, panel + lane * size);
+        multiply_dense<false>(q, q_stride, rows, {panel, TILE_LANES, TILE_LANES * size}, size, lanes, scores + first,
+                              scores_stride);
     }
 }
 
@@ -104,7 +112,7 @@ static void dense_values(const Side& side, const float* values, int64_t stride, 
     const bool in_lane_order = side.size % TILE_LANES == 0 && (side.groups == 1 || side.group_size % TILE_LANES == 0) &&
                                side.size == side.groups * side.lanes_padded;
     if (in_lane_order) {
-        multiply_dense<true>(p, p_stride, rows, values, stride, tokens, side.size, sums, sums_stride);
+        multiply_dense<true>(p, p_stride, rows, {values, stride, TILE_LANES}, tokens, side.size, sums, sums_stride);
         return;
     }
     const int64_t lanes = int64_t(side.groups) * side.lanes_padded;
@@ -118,7 +126,7 @@ static void dense_values(const Side& side, const float* values, int64_t stride, 
                 std::memcpy(panel + token * lanes + int64_t(group) * side.lanes_padded,
                             values + (first + token) * stride + begin, size_t(size) * sizeof(float));
             }
-        multiply_dense<true>(p + first, p_stride, rows, panel, lanes, count, lanes, sums, sums_stride);
+        multiply_dense<true>(p + first, p_stride, rows, {panel, lanes, TILE_LANES}, count, lanes, sums, sums_stride);
     }
 }
 

@@ -103,8 +103,13 @@ def feeds(rng: np.random.Generator, past: int, count: int, model: onnx.ModelProt
         elif info.type.tensor_type.elem_type == onnx.TensorProto.INT64:
             out[info.name] = rng.integers(0, 3, shape)
         else:
-            out[info.name] = rng.standard_normal(shape, np.float32)
+            out[info.name] = rng.standard_normal(shape, np.float32).astype(element_of(info))
     return out
+
+
+def element_of(info: onnx.ValueInfoProto) -> npt.DTypeLike:
+    """The numpy type of an input."""
+    return onnx.helper.tensor_dtype_to_np_dtype(info.type.tensor_type.elem_type)
 
 
 def replay(model: onnx.ModelProto, folder: Path, bits: int = 32) -> list[tuple[npt.NDArray[Any], npt.NDArray[Any]]]:
@@ -121,7 +126,8 @@ def replay(model: onnx.ModelProto, folder: Path, bits: int = 32) -> list[tuple[n
     shapes = {
         i.name: [d if isinstance(d, int) else {"B": BATCH}.get(d, 0) for d in i.shape] for i in original.get_inputs()
     }
-    past = {name: np.zeros(shape, np.float32) for name, shape in shapes.items() if name.startswith("past")}
+    element = element_of(model.graph.input[0])
+    past = {name: np.zeros(shape, element) for name, shape in shapes.items() if name.startswith("past")}
     names = [o.name for o in original.get_outputs()]
     results, length = [], 0
     for count in STEPS:

@@ -208,5 +208,5 @@ def _verify_staged(source: Path, model: graph.Model, output: Path, progress: Pro
     """Verify under a temporary name beside the output, so that the name itself is only ever given to a sound model."""
     with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}-") as folder:
         staged = Path(folder) / output.name
-        graph.save(model, staged)
+        graph.save(model, staged, temporary=True)
         return verify(source, staged, progress=progress)

@@ -95,7 +95,7 @@ def verify(
     with tempfile.TemporaryDirectory(dir=Path(rewritten).parent, prefix=".kivi-verify-") as folder:
         progress("verify: rewriting and running its 32-bit sibling", 0.4)
         sibling = Path(folder) / "model.onnx"
-        save(rewrite(load(original), _dense(slots[0]), partial=bool(report.misses))[0], sibling)
+        save(rewrite(load(original), _dense(slots[0]), partial=bool(report.misses))[0], sibling, temporary=True)
         exact = reference.compare(sibling)
     progress("verify: running the rewritten model", 0.7)
     return _judge(exact, reference.compare(rewritten), limit, min(min(a.k_bits, a.v_bits) for a in quantized))

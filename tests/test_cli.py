@@ -11,6 +11,7 @@ import onnx
 import pytest
 
 from onnx_kivi.cli import main
+from onnx_kivi.runtime.hosts import describe
 
 SMALL = ("--block-tokens", "16", "--residual", "8", "--sinks", "2")
 
@@ -124,7 +125,7 @@ def test_kernel_bench_rows(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(kernel, "BUDGET_SECONDS", 0.0)
     monkeypatch.setattr(kernel, "last_level_cache_bytes", lambda: 1 << 16)
-    args = ("--heads", 4, "--kv-heads", 2, "--head-size", 32, "--context", 200)
+    args = ("--heads", 4, "--kv-heads", 2, "--head-size", 32, "--context", 200, "--threads", describe()["threads"])
     data = json_of(run("kernel-bench", *args, "--json"))
     assert set(data["ratios"]) == {"concat", "gqa_f32", "gqa_int8", "gqa_int4", "stream"}
     assert all(row["ms"] > 0 and row["gb_per_s"] > 0 for row in data["rows"])

@@ -16,6 +16,7 @@ from .graph import Graph, Model, load
 from .graph.dims import TooComplexError
 from .patterns import FAMILIES, Cache, Decoder, Miss, Port, Site, read_decoder
 from .plan import Plan, make_plan, misses
+from .savings import savings
 from .spec import DOMAIN
 
 OPSETS = range(11, 27)
@@ -35,6 +36,7 @@ class Report:
             "sites": [site.to_dict() for site in self.sites],
             "misses": [{"node": miss.node, "reason": miss.reason} for miss in self.misses],
             "element": self.element,
+            "savings": savings(self.sites),
         }
 
     def __str__(self) -> str:
@@ -44,6 +46,7 @@ class Report:
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
         if not self.sites:
             lines = ["no attention over a cache was matched"]
+        lines += [_saving(row) for row in savings(self.sites)]
         lines += [f"missed {miss.node}: {miss.reason}" for miss in self.misses]
         return "\n".join(lines)
 
@@ -55,6 +58,15 @@ def _row(site: Site) -> tuple[str, ...]:
     terms += [f"softcap {site.softcap:g}"] * bool(site.softcap) + ["sinks"] * bool(site.head_sink)
     terms += [f"{len(site.mask)} tensor{'s' * (len(site.mask) > 1)}"] * bool(site.mask)
     return (str(site.layer), site.family, heads, sizes, f"{site.scale:.6g}", ", ".join(terms) or "none", site.node)
+
+
+def _saving(row: dict[str, int]) -> str:
+    small = ", ".join(
+        f"{row[key] / 1e6:,.1f} MB at {key.removeprefix('bits_')} bits ({row['original'] / row[key]:.1f}x smaller)"
+        for key in row
+        if key.startswith("bits_")
+    )
+    return f"cache of {row['tokens']:,} tokens, per row: {row['original'] / 1e6:,.1f} MB now, {small}"
 
 
 @dataclass(frozen=True)

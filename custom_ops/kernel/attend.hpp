@@ -177,9 +177,9 @@ static inline void start_rows(const Task& task, const Memory& memory) {
         for (int64_t d = 0; d < memory.layout.query_stride; ++d) query[d] = d < task.layout.key.size ? from[d] * a.scale : 0;
         std::memset(memory.sums(r), 0, size_t(memory.layout.lanes) * sizeof(float));
         std::memset(memory.total(r), 0, size_t(SUM_LANES) * sizeof(float));
-        const bool sink = a.head_sink && task.split == 0;
-        *memory.peak(r) = sink ? a.head_sink[task.q_head(r)] : -__builtin_inff();
-        *memory.total(r) = sink;
+        const float sink = a.head_sink && task.split == 0 ? a.head_sink[task.q_head(r)] : -__builtin_inff();
+        *memory.peak(r) = sink;
+        *memory.total(r) = sink > -__builtin_inff();
     }
 }
 

@@ -20,6 +20,22 @@ IDS = np.random.default_rng(3).integers(0, 256, (1, 60))
 ROUNDING = 1e-4
 
 
+Opener = Callable[[Path], kivi.Session]
+
+
+@pytest.fixture(params=["python", "native"])
+def open_session(request: pytest.FixtureRequest) -> Opener:
+    """Opens sessions on each host that this machine has."""
+
+    def opened(path: Path) -> kivi.Session:
+        try:
+            return kivi.Session(path, host=request.param)
+        except kivi.BackendUnavailableError as error:
+            pytest.skip(str(error))
+
+    return opened
+
+
 def feeds(ids: npt.NDArray[np.int64], past: int) -> dict[str, npt.NDArray[np.int64]]:
     B, S = ids.shape
     return {
@@ -35,8 +51,10 @@ def original_logits(tiny: Path, *ends: int) -> list[npt.NDArray[np.float32]]:
     return [decoder.step(IDS[:, a:b]) for a, b in zip(starts, ends, strict=False)]
 
 
-def test_dense_session_gives_the_originals_logits(tiny: Path, rewritten: Callable[[int], Path]) -> None:
-    session = kivi.Session(rewritten(32))
+def test_dense_session_gives_the_originals_logits(
+    open_session: Opener, tiny: Path, rewritten: Callable[[int], Path]
+) -> None:
+    session = open_session(rewritten(32))
     begin = 0
     for end, expected in zip((30, 41, 42, 43), original_logits(tiny, 30, 41, 42, 43), strict=True):
         (logits,) = session.run(["logits"], feeds(IDS[:, begin:end], begin))
@@ -45,8 +63,10 @@ def test_dense_session_gives_the_originals_logits(tiny: Path, rewritten: Callabl
     assert session.cache.length == 43
 
 
-def test_quantized_session_is_close_and_not_identical(tiny: Path, rewritten: Callable[[int], Path]) -> None:
-    session = kivi.Session(rewritten(8))
+def test_quantized_session_is_close_and_not_identical(
+    open_session: Opener, tiny: Path, rewritten: Callable[[int], Path]
+) -> None:
+    session = open_session(rewritten(8))
     session.run(None, feeds(IDS[:, :50], 0))
     assert session.cache.sealed_tokens == 32
     (logits,) = session.run(None, feeds(IDS[:, 50:51], 50))
@@ -57,9 +77,12 @@ def test_quantized_session_is_close_and_not_identical(tiny: Path, rewritten: Cal
     assert session.cache.nbytes < 0.75 * session.cache.dense_nbytes
 
 
-def test_plain_inference_session_steps_without_cache_inputs(tiny: Path, rewritten: Callable[[int], Path]) -> None:
+@pytest.mark.parametrize("host", ["python", "auto"])
+def test_plain_inference_session_steps_without_cache_inputs(
+    tiny: Path, rewritten: Callable[[int], Path], host: str
+) -> None:
     options = quiet_options()
-    kivi.register(options)
+    kivi.register(options, host=host)
     session = ort.InferenceSession(str(rewritten(32)), options, providers=["CPUExecutionProvider"])
     assert [i.name for i in session.get_inputs()] == ["input_ids", "attention_mask", "position_ids"]
     start_over = {"past_length": np.zeros(1, np.int64)}
@@ -71,8 +94,8 @@ def test_plain_inference_session_steps_without_cache_inputs(tiny: Path, rewritte
     np.testing.assert_array_equal(again, second)
 
 
-def test_caches_are_independent(rewritten: Callable[[int], Path]) -> None:
-    session = kivi.Session(rewritten(8))
+def test_caches_are_independent(open_session: Opener, rewritten: Callable[[int], Path]) -> None:
+    session = open_session(rewritten(8))
     one, two = session.new_cache(), session.new_cache()
     alone = session.run(None, feeds(IDS[:, :20], 0), cache=one)[0]
     session.run(None, feeds(IDS[:, 20:50], 0), cache=two)
@@ -81,17 +104,19 @@ def test_caches_are_independent(rewritten: Callable[[int], Path]) -> None:
     np.testing.assert_allclose(session.run(None, feeds(IDS[:, 5:20], 5), cache=one)[0], alone[:, 5:], atol=1e-4)
 
 
-def test_generate_is_the_originals_greedy_text(tiny: Path, rewritten: Callable[[int], Path]) -> None:
+def test_generate_is_the_originals_greedy_text(
+    open_session: Opener, tiny: Path, rewritten: Callable[[int], Path]
+) -> None:
     from onnx_kivi.generate import generate
 
     expected = list(generate(Decoder(open_model(tiny)), IDS[0, :20], max_new_tokens=12))
-    session = kivi.Session(rewritten(32))
+    session = open_session(rewritten(32))
     assert list(session.generate(IDS[0, :20], max_new_tokens=12)) == expected
     assert session.cache.length == 0
 
 
-def test_generate_continues_a_given_cache(rewritten: Callable[[int], Path]) -> None:
-    session = kivi.Session(rewritten(8))
+def test_generate_continues_a_given_cache(open_session: Opener, rewritten: Callable[[int], Path]) -> None:
+    session = open_session(rewritten(8))
     whole = list(session.generate(IDS[0, :40], max_new_tokens=6))
     cache = session.new_cache()
     session.run(None, feeds(IDS[:, :30], 0), cache=cache)
@@ -99,14 +124,14 @@ def test_generate_continues_a_given_cache(rewritten: Callable[[int], Path]) -> N
     assert cache.length == 45
 
 
-def test_generate_samples_reproducibly(rewritten: Callable[[int], Path]) -> None:
-    session = kivi.Session(rewritten(8))
+def test_generate_samples_reproducibly(open_session: Opener, rewritten: Callable[[int], Path]) -> None:
+    session = open_session(rewritten(8))
     runs = [list(session.generate([1, 2], max_new_tokens=8, temperature=20.0, seed=s)) for s in (0, 0, 1)]
     assert runs[0] == runs[1] != runs[2]
 
 
-def test_failed_run_raises_and_leaves_the_cache(rewritten: Callable[[int], Path]) -> None:
-    session = kivi.Session(rewritten(8))
+def test_failed_run_raises_and_leaves_the_cache(open_session: Opener, rewritten: Callable[[int], Path]) -> None:
+    session = open_session(rewritten(8))
     session.run(None, feeds(IDS[:, :20], 0))
     with pytest.raises(kivi.CacheError, match=r"past_length: expected .* got 21"):
         session.run(None, feeds(IDS[:, 20:21], 20) | {"past_length": np.array([21])})
@@ -115,32 +140,32 @@ def test_failed_run_raises_and_leaves_the_cache(rewritten: Callable[[int], Path]
     assert session.cache.length == 21
 
 
-def test_other_batch_on_a_cache_in_use_is_refused(rewritten: Callable[[int], Path]) -> None:
-    session = kivi.Session(rewritten(8))
+def test_other_batch_on_a_cache_in_use_is_refused(open_session: Opener, rewritten: Callable[[int], Path]) -> None:
+    session = open_session(rewritten(8))
     session.run(None, feeds(IDS[:, :5], 0))
     with pytest.raises(kivi.CacheError, match="expected"):
         session.run(None, feeds(np.repeat(IDS[:, 5:6], 2, 0), 5))
     assert session.cache.length == 5
 
 
-def test_closed_cache_is_refused(rewritten: Callable[[int], Path]) -> None:
-    session = kivi.Session(rewritten(8))
+def test_closed_cache_is_refused(open_session: Opener, rewritten: Callable[[int], Path]) -> None:
+    session = open_session(rewritten(8))
     cache = session.new_cache()
     cache.close()
     with pytest.raises(kivi.CacheError, match="closed"):
         session.run(None, feeds(IDS[:, :5], 0), cache=cache)
 
 
-def test_cache_of_another_model_is_refused(rewritten: Callable[[int], Path]) -> None:
-    cache = kivi.Session(rewritten(8)).new_cache()
-    kivi.Session(rewritten(8)).run(None, feeds(IDS[:, :5], 0), cache=cache)
+def test_cache_of_another_model_is_refused(open_session: Opener, rewritten: Callable[[int], Path]) -> None:
+    cache = open_session(rewritten(8)).new_cache()
+    open_session(rewritten(8)).run(None, feeds(IDS[:, :5], 0), cache=cache)
     with pytest.raises(kivi.CacheError, match="model"):
-        kivi.Session(rewritten(4)).run(None, feeds(IDS[:, 5:6], 5), cache=cache)
+        open_session(rewritten(4)).run(None, feeds(IDS[:, 5:6], 5), cache=cache)
     assert cache.length == 5
 
 
-def test_two_threads_on_one_cache_one_is_refused(rewritten: Callable[[int], Path]) -> None:
-    session = kivi.Session(rewritten(8))
+def test_two_threads_on_one_cache_one_is_refused(open_session: Opener, rewritten: Callable[[int], Path]) -> None:
+    session = open_session(rewritten(8))
     outcomes: list[str] = []
     barrier = threading.Barrier(2)
 
@@ -174,8 +199,8 @@ def test_not_a_rewritten_model(tiny: Path, tmp_path: Path) -> None:
         kivi.Session(tmp_path)
 
 
-def test_session_has_what_an_inference_session_has(rewritten: Callable[[int], Path]) -> None:
-    session = kivi.Session(rewritten(8))
+def test_session_has_what_an_inference_session_has(open_session: Opener, rewritten: Callable[[int], Path]) -> None:
+    session = open_session(rewritten(8))
     assert [o.name for o in session.get_outputs()] == ["logits"]
     assert session.get_providers() == ["CPUExecutionProvider"]
     with pytest.raises(AttributeError):

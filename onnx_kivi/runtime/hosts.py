@@ -17,10 +17,11 @@ from .select import get_backend
 THREADS_ENVIRONMENT = "ONNX_KIVI_THREADS"
 ISA_ENVIRONMENT = "ONNX_KIVI_ISA"
 HOSTS = ("auto", "python", "native")
+AUTO_HOSTS = {"native": "native", "numpy": "python"}
 
 
 def choose(host: str = "auto", backend: str = "auto") -> tuple[str, Backend]:
-    """(host, backend) for what a user asked. `auto` is native where it is built and the backend is native.
+    """(host, backend) for what a user asked. Host `auto` is native where the backend is native.
 
     Raises ConfigError for an unknown host, BackendUnavailableError for one that isn't here.
     """
@@ -31,18 +32,25 @@ def choose(host: str = "auto", backend: str = "auto") -> tuple[str, Backend]:
         raise BackendUnavailableError(
             f"host: expected backend native with host native, got {chosen.name}; use host='python'"
         )
-    return ("python" if host == "auto" else host), chosen
+    return AUTO_HOSTS[chosen.name] if host == "auto" else host, chosen
 
 
 def register(options: ort.SessionOptions, *, host: str = "auto", backend: str = "auto") -> None:
     """Make onnxruntime sessions made with `options` know the ops. Raises as `choose` does."""
-    _, chosen = choose(host, backend)
-    python_host.register(options, chosen.name)
+    server, chosen = choose(host, backend)
+    if server == "native":
+        _native().register(options)
+    else:
+        python_host.register(options, chosen.name)
 
 
-def take_error(host: str, handle: int, failure: Exception | None) -> BaseException | None:  # noqa: ARG001
+def take_error(host: str, handle: int, failure: Exception | None) -> BaseException | None:
     """What the op refused in the last run on `handle`, if anything; `failure` is what onnxruntime raised."""
-    error: BaseException | None = python_host.take_error(handle)
+    error: BaseException | None
+    if host == "python":
+        error = python_host.take_error(handle)
+    else:
+        error = None if failure is None else _native().error_from(failure)
     return error
 
 
@@ -76,6 +84,7 @@ def describe() -> dict[str, Any]:
     else:
         forced = os.environ.get(ISA_ENVIRONMENT)
         facts["backends"].insert(0, "native")
+        facts["hosts"].insert(0, "native")
         facts |= {
             "isa": native.isa() if backend.name == "native" else "numpy",
             "isa_levels": native.isa_levels(),

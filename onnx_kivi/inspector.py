@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from .errors import UnsupportedModelError
-from .graph import Graph, Model, load
+from .graph import Graph, Model, Node, load
 from .graph.dims import TooComplexError
 from .patterns import FAMILIES, Cache, Decoder, Miss, Port, Site, read_decoder
 from .plan import Plan, make_plan, misses
@@ -20,6 +20,10 @@ from .savings import savings
 from .spec import DOMAIN
 
 OPSETS = range(11, 27)
+MERGED = (
+    "the layers lie inside the branches of this node (a merged decoder); export without merging and rewrite the "
+    "decoder that takes a past"
+)
 
 
 @dataclass(frozen=True)
@@ -165,11 +169,18 @@ def _unmatched(decoder: Decoder, sites: Sequence[Site], explained: bool) -> Iter
     if not explained:
         for cache in left:
             yield Miss(cache.input, _unread(decoder, cache))
+    readers: dict[Node, list[str]] = {}
     for name in decoder.unjoined:
         reader = next((n for n in decoder.graph.consumers(name) if n.op != "Shape"), None)
-        if reader is None or not _grows(decoder, name):
-            continue
-        yield Miss(name, f"{reader} reads it before it is joined with new tokens; expected Concat or attention")
+        if reader is not None and _grows(decoder, name):
+            readers.setdefault(reader, []).append(name)
+    for reader, names in readers.items():
+        shown = names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
+        if reader.captured:
+            reason = MERGED
+        else:
+            reason = f"{reader.op} reads it before it is joined with new tokens; expected Concat or attention"
+        yield Miss(reader.name, f"cache {shown}: {reason}")
     if not (left or sites or decoder.unjoined):
         yield Miss("model", "no input is a cache: none is joined with new tokens; export the decoder with past inputs")
 

@@ -1,7 +1,7 @@
 """Attention over a quantized cache against the float64 oracle, on every backend; and the softmax taken literally.
 
-The bound: scores carry float32 rounding of about sqrt(Dk) * |q||k| * 2^-24, which the outlier channels of the vectors
-(offsets up to 150) raise to some 1e-4; a probability, and so the output of values of size one, is off by as much.
+The bound: scores carry float32 rounding of a few |q||k| * 2^-24, which the outlier channels of the vectors (offsets
+up to 150) raise to some 1e-5; a probability, and so the output of values of size one, is off by as much.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from onnx_kivi.runtime.reference import attend_row
 from onnx_kivi.runtime.rows import append, empty_row
 from onnx_kivi.spec import SdpaAttributes
 
-BOUND = 3e-4
+BOUND = 5e-5
 LITERAL = {"sink_length": 0, "k_bits": 32, "v_bits": 32}
 
 
@@ -87,7 +87,7 @@ def test_any_combination_agrees_with_the_oracle(data):
         queries=draw(st.integers(1, 5)),
         new=draw(st.sampled_from([None, 0])),
         mask="".join(draw(st.sampled_from([letter, "1"])) for letter in "BHST") if draw(st.booleans()) else "",
-        fill=draw(st.sampled_from([-np.inf, vectors.F32_MIN, -1e4])),
+        fill=draw(st.sampled_from([-np.inf, vectors.F32_MIN])),
         head_sink=draw(st.booleans()),
     )
     from onnx_kivi.runtime.select import get_backend
@@ -139,6 +139,8 @@ def test_a_nan_score_makes_its_row_nan_as_softmax_does(backend):
     output = attend(backend, mask)
     assert np.isnan(output[0, 0, 0]).all()
     np.testing.assert_allclose(output[0, 0, 1], [2, 2], rtol=1e-6)
+    output = attend(backend, mask, nan_to_zero=1)
+    assert output[0, 0, 0].tolist() == [0, 0]
 
 
 def test_an_empty_cache_without_new_tokens_gives_zeros(backend):

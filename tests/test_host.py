@@ -10,14 +10,14 @@ import threading
 import time
 from pathlib import Path
 
-import nodes
 import numpy as np
 import pytest
-from stepping import assert_same, run, sdpa, tokens
 
+import nodes
 from onnx_kivi.errors import CacheError, ConfigError, SpecMismatchError
 from onnx_kivi.runtime import host
 from onnx_kivi.runtime.select import get_backend
+from stepping import assert_same, run, sdpa, tokens
 
 OVERHEAD_SECONDS = 60e-6
 

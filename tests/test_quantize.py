@@ -5,13 +5,13 @@ from __future__ import annotations
 import itertools
 
 import numpy as np
-import oracle
 import pytest
-import vectors
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
+import oracle
+import vectors
 from onnx_kivi.errors import ConfigError
 from onnx_kivi.runtime import quantize
 from onnx_kivi.runtime.quantize import quant_dequant

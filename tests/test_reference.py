@@ -1,7 +1,8 @@
 """Attention over a quantized cache against the float64 oracle, on every backend; and the softmax taken literally.
 
-The bound: scores carry float32 rounding of a few |q||k| * 2^-24, which the outlier channels of the vectors (offsets
-up to 150) raise to some 1e-5; a probability, and so the output of values of size one, is off by as much.
+The bounds: scores carry float32 rounding of a few |q||k| * 2^-24, which the outlier channels of the vectors (offsets
+up to 150) raise to some 1e-5; a probability, and so the output of values of size one, is off by as much. The native
+kernel may also round queries and probabilities to 16 bits, which costs ten times that.
 """
 
 from __future__ import annotations
@@ -9,19 +10,19 @@ from __future__ import annotations
 import tracemalloc
 
 import numpy as np
-import oracle
 import pytest
-import stepping
-import vectors
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import oracle
+import stepping
+import vectors
 from onnx_kivi.runtime.backend import Backend, QuantizedBlock
 from onnx_kivi.runtime.reference import attend_row
 from onnx_kivi.runtime.rows import append, empty_row
 from onnx_kivi.spec import SdpaAttributes
 
-BOUND = 5e-5
+BOUNDS = {"numpy": 2e-5, "native": 2e-4}
 LITERAL = {"sink_length": 0, "k_bits": 32, "v_bits": 32}
 
 
@@ -50,7 +51,7 @@ def compare(backend: Backend, case: vectors.AttendCase) -> None:
             assert any(isinstance(side, QuantizedBlock) for side in sealed) == (min(node.k_bits, node.v_bits) < 32)
         row_mask = mask[b if mask.shape[0] > 1 else 0] if mask.size else None
         expected = oracle.attention(node, position, query[b], k, v, row_mask, head_sink if head_sink.size else None)
-        np.testing.assert_allclose(output[b], expected, rtol=0, atol=BOUND)
+        np.testing.assert_allclose(output[b], expected, rtol=0, atol=BOUNDS[backend.name])
 
 
 @pytest.mark.parametrize("case", vectors.attend_cases(), ids=lambda case: case.name)

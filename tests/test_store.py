@@ -6,16 +6,16 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
-import oracle
 import pytest
-import stepping
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from stepping import NOTHING, assert_same, model, run, sdpa, tokens
 
+import oracle
+import stepping
 from onnx_kivi.errors import CacheError
 from onnx_kivi.runtime.backend import Backend, QuantizedBlock, ticket_handle
 from onnx_kivi.runtime.select import get_backend
+from stepping import NOTHING, assert_same, model, run, sdpa, tokens
 
 
 @pytest.fixture

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import onnx
 import pytest
 
@@ -44,3 +45,9 @@ def rewritten(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[
         return made[bits]
 
     return at
+
+
+@pytest.fixture
+def rng() -> np.random.Generator:
+    """A generator that starts from the same state in every test."""
+    return np.random.default_rng(7)

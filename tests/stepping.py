@@ -49,6 +49,20 @@ def tokens(rng: np.random.Generator, count: int, *, batch: int = 1, heads: int =
     return rng.standard_normal((batch, heads, count, size), dtype=np.float32)
 
 
+def filled(
+    backend: Backend, rng: np.random.Generator, count: int, nodes: Sequence[SdpaAttributes], *, batch: int = 1
+) -> int:
+    """Handle of a cache with `count` random tokens."""
+    handle = backend.new_cache()
+    run(backend, handle, nodes, tokens(rng, count, batch=batch), tokens(rng, count, batch=batch))
+    return handle
+
+
+def assert_sealed(backend: Backend, handle: int) -> None:
+    """Something is really quantized, in every slot that quantizes."""
+    assert backend.sealed_tokens(handle) > 0
+
+
 def assert_same(a: CacheState, b: CacheState) -> None:
     """Bit for bit the same tokens in the same form, whatever the handles and models."""
     assert (a.length, [s.attributes for s in a.slots]) == (b.length, [s.attributes for s in b.slots])

@@ -22,11 +22,6 @@ from stepping import assert_same, run, sdpa, tokens
 OVERHEAD_SECONDS = 60e-6
 
 
-@pytest.fixture
-def rng() -> np.random.Generator:
-    return np.random.default_rng(3)
-
-
 def test_a_plain_session_keeps_its_state_over_runs_rewinds_and_restarts(backend, rng):
     session = nodes.session(nodes.model([sdpa(0), sdpa(1)], f"plain {backend.name}"), backend.name)
     key, value = tokens(rng, 20), tokens(rng, 20)

@@ -18,6 +18,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import math
 import os
 import struct
 import tempfile
@@ -115,7 +116,7 @@ class _Reader:
     def array(self, dtype: npt.DTypeLike, *shape: int) -> npt.NDArray[Any]:
         """The next array, as a copy of its own."""
         element = np.dtype(dtype).newbyteorder("<")
-        end = self._offset + element.itemsize * int(np.prod(np.array(shape, object)))
+        end = self._offset + element.itemsize * math.prod(shape)
         if end > len(self._payload):
             raise CacheError(f"expected {end} bytes of arrays, got {len(self._payload)}")
         flat = np.frombuffer(self._payload[self._offset : end], element)

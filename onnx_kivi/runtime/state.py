@@ -20,6 +20,8 @@ def check_state(state: CacheState) -> None:
     numbers = [slot.attributes.slot for slot in state.slots]
     if numbers != sorted(set(numbers)):
         raise CacheError(f"cache state: expected slots in ascending order, each once, got {numbers}")
+    if state.length and all(slot.attributes.kind != "self" for slot in state.slots):
+        raise CacheError(f"cache state: expected slots that hold the {state.length} tokens, got none")
     batches = {len(slot.rows) for slot in state.slots if slot.rows}
     if len(batches) > 1:
         raise CacheError(f"cache state: expected as many rows in each slot, got {sorted(batches)}")

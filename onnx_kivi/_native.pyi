@@ -2,8 +2,6 @@
 
 from typing import Any
 
-__file__: str
-
 class StepAttributes:
     def __init__(self, wire: dict[str, int | str]) -> None: ...
 

@@ -84,10 +84,11 @@ T* output(const OrtApi* api, OrtKernelContext* context, std::size_t index, const
     return static_cast<T*>(data);
 }
 
-// Attributes of a node, as parsed and validated. Those that it lacks keep their defaults.
+// Attributes of a node. Those that it lacks keep their defaults; throws Error(config) if one has none.
 template <class Attributes, class Parse>
 Attributes read_attributes(const OrtApi* api, const OrtKernelInfo* info, const Parse& parse) {
     Attributes attributes;
+    int index = 0;
     Attributes::fields(attributes, [&](const char* name, auto& member) {
         OrtStatus* status = nullptr;
         if constexpr (std::is_same_v<decltype(member), int64_t&>) {
@@ -104,7 +105,14 @@ Attributes read_attributes(const OrtApi* api, const OrtKernelInfo* info, const P
                 parse(name, text, member);
             }
         }
-        if (status != nullptr) call<ReleaseStatus>(api, status);
+        if (status != nullptr) {
+            call<ReleaseStatus>(api, status);
+            if (index < Attributes::REQUIRED) {
+                throw Error(ErrorKind::config,
+                            std::string("attribute ") + name + ": missing; rewrite the original model again");
+            }
+        }
+        ++index;
     });
     return attributes;
 }

@@ -2,7 +2,7 @@
 //
 // OrtApi is a table of function pointers that only ever grows at its end, so a function is known by its index and
 // signature; OrtCustomOp likewise grows at its end and says with `version` how far it goes. Enumerations are int32_t.
-// `check_ort_abi.cpp` holds all of this to the official header, where there is one.
+// `checks/ort_abi_check.cpp` holds all of this to the official header, where there is one.
 #pragma once
 
 #include <cstddef>
@@ -23,7 +23,7 @@ namespace onnx_kivi::ort {
 // The version that has all that is declared here (onnxruntime 1.17).
 constexpr uint32_t API_VERSION = 17;
 
-enum ErrorCode : int32_t { FAIL = 1, INVALID_ARGUMENT = 2, RUNTIME_EXCEPTION = 6, NOT_IMPLEMENTED = 9 };
+enum ErrorCode : int32_t { RUNTIME_EXCEPTION = 6, NOT_IMPLEMENTED = 9 };
 enum ElementType : int32_t { FLOAT = 1, INT64 = 7, FLOAT16 = 10, BFLOAT16 = 16 };
 enum Characteristic : int32_t { REQUIRED = 0, OPTIONAL = 1 };
 
@@ -90,7 +90,6 @@ using GetSymbolicDimensions = StatusFunction<63, const OrtTensorTypeAndShapeInfo
 using GetTensorTypeAndShape = StatusFunction<65, const OrtValue*, OrtTensorTypeAndShapeInfo**>;
 using KernelInfoGetAttribute_int64 = StatusFunction<86, const OrtKernelInfo*, const char*, int64_t*>;
 using KernelInfoGetAttribute_string = StatusFunction<87, const OrtKernelInfo*, const char*, char*, std::size_t*>;
-using KernelContext_GetInputCount = StatusFunction<88, const OrtKernelContext*, std::size_t*>;
 using KernelContext_GetInput = StatusFunction<90, const OrtKernelContext*, std::size_t, const OrtValue**>;
 using KernelContext_GetOutput =
     StatusFunction<91, OrtKernelContext*, std::size_t, const int64_t*, std::size_t, OrtValue**>;

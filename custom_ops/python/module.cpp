@@ -45,14 +45,15 @@ Attributes from_wire(const nb::dict& values) {
     return attributes;
 }
 
-// (name, wire type, default) of each attribute, for the test that compares them with the spec.
+// (name, wire type, default or None) of each attribute, for the test that compares them with the spec.
 template <class Attributes>
 nb::list attribute_specs() {
     nb::list specs;
     const Attributes defaults;
     Attributes::fields(defaults, [&](const char* name, const auto& member) {
         const bool is_int = std::is_same_v<decltype(member), const int64_t&>;
-        specs.append(nb::make_tuple(name, is_int ? "int" : "string", member));
+        const bool required = static_cast<int>(specs.size()) < Attributes::REQUIRED;
+        specs.append(nb::make_tuple(name, is_int ? "int" : "string", required ? nb::none() : nb::cast(member)));
     });
     return specs;
 }

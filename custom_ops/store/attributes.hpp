@@ -1,6 +1,7 @@
 // Attributes of the two ops. `onnx_kivi/spec.py` defines them; a test holds these tables to it.
 //
-// fields() lists (name, member) in the spec's order: parsing, comparing and that test are loops over it. Members are
+// fields() lists (name, member) in the spec's order: parsing, comparing and that test are loops over it. A node must
+// have the first REQUIRED of them; the others have the defaults written here. Members are
 // int64_t (an int in the node), std::string, or double (a decimal string in the node, because a float attribute
 // reaches a Python op as text of 6 digits).
 #pragma once
@@ -19,6 +20,8 @@ constexpr int64_t NO_STEP = -1;
 constexpr int64_t MAX_BLOCK_TOKENS = 1024;
 
 struct StepAttributes {
+    static constexpr int REQUIRED = 2;
+
     std::string model_id;
     int64_t layers = 0;
     int64_t spec_version = SPEC_VERSION;
@@ -59,6 +62,8 @@ struct RowOptions {
 };
 
 struct SdpaAttributes {
+    static constexpr int REQUIRED = 1;
+
     int64_t slot = 0;
     RowOptions row;
     double scale = 1.0;

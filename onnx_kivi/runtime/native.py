@@ -33,12 +33,15 @@ class NativeBackend:
         self._attributes: dict[int, tuple[SdpaAttributes, _native.SdpaAttributes]] = {}
 
     def new_cache(self) -> int:
+        """Handle of a new, empty cache."""
         return _native.new_cache()
 
     def close(self, handle: int) -> None:
+        """Free a cache."""
         _native.close(handle)
 
     def open_step(self, handle: int, past_length: int, step: StepAttributes) -> tuple[int, int]:
+        """(P, ticket) of a new step, which supersedes one that is open."""
         return _native.open_step(handle, past_length, _native.StepAttributes(step.to_wire()))
 
     def attend(
@@ -51,33 +54,44 @@ class NativeBackend:
         attn_mask: FloatArray,
         head_sink: FloatArray,
     ) -> FloatArray:
-        return _native.attend(ticket, self._parsed(attributes), query, key, value, attn_mask, head_sink)
+        """One node: attend, append, seal; the last of a step commits it."""
+        output: FloatArray = _native.attend(ticket, self._parsed(attributes), query, key, value, attn_mask, head_sink)
+        return output
 
     def length(self, handle: int) -> int:
+        """Committed tokens."""
         return _native.length(handle)
 
     def sealed_tokens(self, handle: int) -> int:
+        """Committed tokens in quantized form, the least over the slots that quantize."""
         return _native.sealed_tokens(handle)
 
     def nbytes(self, handle: int) -> int:
+        """Bytes of the committed tokens, as they are held."""
         return _native.nbytes(handle)
 
     def dense_nbytes(self, handle: int) -> int:
+        """Bytes of the same tokens as f32."""
         return _native.dense_nbytes(handle)
 
     def crop(self, handle: int, length: int) -> None:
+        """Keep the first `length` tokens."""
         _native.crop(handle, length)
 
     def reset(self, handle: int) -> None:
+        """Drop all tokens."""
         _native.reset(handle)
 
     def fork(self, handle: int) -> int:
+        """Handle of a copy."""
         return _native.fork(handle)
 
     def reorder(self, handle: int, index: list[int]) -> None:
+        """Row i becomes the old row index[i]."""
         _native.reorder(handle, index)
 
     def export_state(self, handle: int) -> CacheState:
+        """Canonical copy of a cache."""
         step, length, slots = _native.export_state(handle)
         return CacheState(
             None if step is None else StepAttributes.from_wire(step),
@@ -86,6 +100,7 @@ class NativeBackend:
         )
 
     def import_state(self, state: CacheState) -> int:
+        """Handle of a new cache that holds a copy of `state`."""
         check_state(state)
         step = None if state.step is None else _native.StepAttributes(state.step.to_wire())
         slots = [(_native.SdpaAttributes(s.attributes.to_wire()), [_row_tuple(r) for r in s.rows]) for s in state.slots]
@@ -124,11 +139,6 @@ def error_from(failure: BaseException) -> KiviError | None:
     kinds = (CacheError, ConfigError, SpecMismatchError, BackendUnavailableError)
     kind = next((k for k in kinds if found and k.__name__ == found[1]), None)
     return kind(found[2]) if found and kind else None
-
-
-def isa() -> str:
-    """The ISA level in use. Raises BackendUnavailableError if ONNX_KIVI_ISA names one that can't run here."""
-    return _native.isa()
 
 
 def isa_levels() -> list[str]:

@@ -1,0 +1,51 @@
+/* The caches of libonnx_kivi, for programs that run a rewritten model with onnxruntime.
+ *
+ * Register the library with a session's options (RegisterCustomOpsLibrary_V2 in C, register_custom_ops_library in
+ * Python): it serves the nodes KvCacheStep and QuantizedKvSdpa. A session keeps its tokens in a cache of its own, its
+ * default one, to which each run appends; the graph input `past_length` (int64, 1) drops what lies beyond it: 0
+ * starts anew. For several sequences at once, make caches and feed the handle of one to the graph input
+ * `cache_handle` (int64, 1).
+ *
+ * Every function may be called from any thread. One that fails returns -1, and kivi_last_error() says why.
+ */
+#ifndef ONNX_KIVI_H
+#define ONNX_KIVI_H
+
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+/* Handle (> 0) of a new, empty cache. It belongs to the first model that uses it. */
+int64_t kivi_new_cache(void);
+
+/* Frees a cache. Returns 0. */
+int kivi_free_cache(int64_t handle);
+
+/* Handle of a copy, which shares the memory of sealed blocks: the tokens so far are the common prefix of both. */
+int64_t kivi_fork_cache(int64_t handle);
+
+/* Keeps the first `length` tokens. Returns 0. */
+int kivi_crop_cache(int64_t handle, int64_t length);
+
+/* Tokens in the cache. */
+int64_t kivi_cache_length(int64_t handle);
+
+/* Those of them that are held in quantized form, the least over the model's layers. */
+int64_t kivi_cache_sealed_tokens(int64_t handle);
+
+/* Bytes that the tokens take. */
+int64_t kivi_cache_nbytes(int64_t handle);
+
+/* Why the last call of this thread that failed did so: one line, valid until the next call that fails. */
+const char* kivi_last_error(void);
+
+/* The ISA level that attention runs at, or null if ONNX_KIVI_ISA names one that can't run here. */
+const char* kivi_isa(void);
+
+#ifdef __cplusplus
+}
+#endif
+
+#endif

@@ -115,6 +115,16 @@ def test_bytes_are_counted_exactly(backend, rng):
     assert backend.nbytes(handle) == backend.dense_nbytes(handle) == 0
 
 
+def test_no_array_keeps_more_memory_alive_than_is_counted(rng):
+    """A view of a longer array would hold on to all of it; the native store counts its own allocations."""
+    backend = get_backend("numpy")
+    handle = filled(backend, rng, 30, [sdpa(sink_length=3, residual_length=4, v_bits=32)])
+    for length in (30, 27, 13, 2):
+        backend.crop(handle, length)
+        for array in stepping.arrays(backend.export_state(handle).slots[0].rows[0]):
+            assert array.base is None or array.base.nbytes == array.nbytes
+
+
 def test_sealed_tokens_is_the_least_over_quantizing_slots(backend, rng):
     nodes = [sdpa(0, k_bits=32, v_bits=32), sdpa(1, residual_length=5), sdpa(2, k_bits=32)]
     handle = filled(backend, rng, 14, nodes)

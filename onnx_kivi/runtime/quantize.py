@@ -49,9 +49,9 @@ def decode_values(block: QuantizedBlock, bits: int, head_size: int, group_size: 
 def pack(codes: ByteArray, bits: int) -> ByteArray:
     """Pack codes along the last axis, lowest bits first, each row padded to a whole byte with zeros."""
     per_byte = 8 // bits
-    padding = -codes.shape[-1] % per_byte
-    padded = np.pad(codes, [(0, 0)] * (codes.ndim - 1) + [(0, padding)])
-    grouped = padded.reshape(*codes.shape[:-1], -1, per_byte)
+    if padding := -codes.shape[-1] % per_byte:
+        codes = np.pad(codes, [(0, 0)] * (codes.ndim - 1) + [(0, padding)])
+    grouped = codes.reshape(*codes.shape[:-1], -1, per_byte)
     shifts = np.arange(0, 8, bits, dtype=np.uint8)
     packed: ByteArray = np.bitwise_or.reduce(grouped << shifts, axis=-1)
     return packed
@@ -100,20 +100,23 @@ def quant_dequant(x: npt.ArrayLike, bits: int, axis: int) -> FloatArray:
 
 def _quantize(x: FloatArray, bits: int, group_size: int) -> QuantizedBlock | None:
     """Quantize groups of `group_size` along the last axis: codes as packed, lo and scale (..., groups)."""
+    *outer, size = x.shape
+    group_size = min(group_size, size)
     levels = np.float32(2**bits - 1)
-    starts = np.arange(0, x.shape[-1], group_size)
-    group_of = np.arange(x.shape[-1]) // group_size
+    if padding := -size % group_size:
+        x = np.pad(x, [(0, 0)] * len(outer) + [(0, padding)], mode="edge")
+    groups = x.reshape(*outer, -1, group_size)
     with np.errstate(over="ignore", invalid="ignore"):
-        smallest = np.minimum.reduceat(x, starts, axis=-1)
-        largest = np.maximum.reduceat(x, starts, axis=-1)
+        smallest = groups.min(axis=-1)
+        largest = groups.max(axis=-1)
         lo = _float16_below(smallest)
         scale = np.maximum(_float16_above((largest - lo.astype(np.float32)) / levels), SMALLEST_SCALE)
     if not (np.isfinite(largest).all() and np.isfinite(lo).all() and np.isfinite(scale).all()):
         return None
-    lo_per_code = lo.astype(np.float32)[..., group_of]
-    scale_per_code = scale.astype(np.float32)[..., group_of]
-    codes = np.clip(np.rint((x - lo_per_code) / scale_per_code), 0, levels).astype(np.uint8)
-    return QuantizedBlock(pack(codes, bits), lo, scale)
+    steps = groups - lo.astype(np.float32)[..., None]
+    steps /= scale.astype(np.float32)[..., None]
+    codes = np.clip(np.rint(steps, out=steps), 0, levels, out=steps).astype(np.uint8)
+    return QuantizedBlock(pack(codes.reshape(*outer, -1)[..., :size], bits), lo, scale)
 
 
 def _float16_below(x: FloatArray) -> HalfArray:

@@ -13,6 +13,8 @@ from .store import NumpyBackend
 BACKENDS = ("auto", "native", "numpy")
 ENVIRONMENT = "ONNX_KIVI_BACKEND"
 
+NUMPY: Backend = NumpyBackend()
+
 log = logging.getLogger("onnx_kivi")
 
 
@@ -27,19 +29,14 @@ def get_backend(name: str = "auto") -> Backend:
     if name not in BACKENDS:
         raise ConfigError(f"{source}: expected one of {', '.join(BACKENDS)}, got {name!r}")
     if name == "numpy":
-        return _numpy()
+        return NUMPY
     if name == "native":
         return _native()
     try:
         return _native()
     except BackendUnavailableError as error:
         _warn_once(str(error))
-        return _numpy()
-
-
-@functools.cache
-def _numpy() -> Backend:
-    return NumpyBackend()
+        return NUMPY
 
 
 @functools.cache

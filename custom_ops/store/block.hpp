@@ -6,6 +6,7 @@
 #include <new>
 
 #include "../kernel/kernel.hpp"
+#include "arena.hpp"
 
 namespace onnx_kivi {
 
@@ -39,7 +40,7 @@ struct Block {
     Block(const Layout& layout, uint32_t dense) : memory(block_bytes(layout, dense)), dense(dense) {}
     BlockRef ref() const { return {memory.data(), dense}; }
 
-    AlignedBuffer memory;
+    ArenaMemory memory;
     uint32_t dense;
 };
 

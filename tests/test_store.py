@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -10,7 +12,7 @@ from hypothesis import strategies as st
 import oracle
 import stepping
 from onnx_kivi.errors import CacheError
-from onnx_kivi.runtime.backend import QuantizedBlock
+from onnx_kivi.runtime.backend import CacheState, QuantizedBlock, RowState
 from onnx_kivi.runtime.select import get_backend
 from stepping import assert_same, assert_sealed, filled, run, sdpa, tokens
 
@@ -228,3 +230,38 @@ def test_crop_refuses_lengths_that_are_not_there(backend, rng):
         with pytest.raises(CacheError, match=f"crop: expected a length of 0 to 9.*got {wrong}"):
             backend.crop(handle, wrong)
     assert backend.length(handle) == 9
+
+
+def test_a_state_that_contradicts_itself_is_refused(backend, rng):
+    """What a file or another backend hands over; cache files have more of this."""
+    handle = filled(backend, rng, 9, [sdpa(0), sdpa(1, k_bits=32)], batch=2)
+    state = backend.export_state(handle)
+    first, second = state.slots
+    row, block = first.rows[0], first.rows[0].blocks[0]
+    wide = replace(block.value, codes=np.zeros((2, 4, 7), np.uint8))
+    double = row.sink_key.astype(np.float64)
+    codes_at_32_bits = tuple(replace(r, blocks=first.rows[0].blocks) for r in second.rows)
+    lies = [
+        (replace(state, slots=()), "expected slots that hold the 9 tokens"),
+        (replace(state, slots=(first, replace(second, rows=second.rows[:1]))), "as many rows in each slot"),
+        (replace(state, slots=(second, first)), "ascending order"),
+        (
+            replace(state, slots=(first, replace(second, rows=codes_at_32_bits))),
+            "as 32 bits say, got codes",
+        ),
+        (replace(state, slots=(first, replace(second, rows=()))), "expected 9 tokens in each row"),
+        (with_row(state, replace(row, blocks=row.blocks[:1])), r"expected 9 tokens in each row, got \[5, 9\]"),
+        (with_row(state, replace(row, blocks=(replace(block, value=wide), row.blocks[1]))), r"uint8 \(2, 4, 6\)"),
+        (with_row(state, replace(row, sink_key=double)), r"sinks: expected float32 \(2, 1, 6\), got float64"),
+        (with_row(state, replace(row, residual_key=row.residual_key[0])), "3 dimensions, got 2"),
+    ]
+    for lie, message in lies:
+        with pytest.raises(CacheError, match=message):
+            backend.import_state(lie)
+    assert_same(backend.export_state(backend.import_state(state)), state)
+
+
+def with_row(state: CacheState, row: RowState) -> CacheState:
+    """The state with another first row in its first slot."""
+    first, *others = state.slots
+    return replace(state, slots=(replace(first, rows=(row, *first.rows[1:])), *others))

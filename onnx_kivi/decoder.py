@@ -40,7 +40,8 @@ class Decoder:
 
     session: an onnxruntime session of an original, or a Session of a rewritten model and the `cache` to use.
     pairs: past input -> present output, where names don't tell. head_sizes: past input -> head size, for models that
-    leave it symbolic. Past inputs without an output (an encoder's) are filled once with random numbers.
+    leave it symbolic. capacities: past input -> tokens it must have room for from the start. Past inputs without an
+    output (an encoder's) are filled once with random numbers.
     """
 
     def __init__(
@@ -50,12 +51,14 @@ class Decoder:
         *,
         pairs: Mapping[str, str] | None = None,
         head_sizes: Mapping[str, int] | None = None,
+        capacities: Mapping[str, int] | None = None,
     ) -> None:
         self._cache = cache
         self._run = session.run if cache is None else partial(session.run, cache=cache)
         self._inputs = session.get_inputs()
         self._outputs = [o.name for o in session.get_outputs()]
         self._head_sizes = dict(head_sizes or {})
+        self._capacities = dict(capacities or {})
         given = dict(pairs or {})
         past = [i.name for i in self._inputs if i.name in given or i.name.startswith("past")]
         self._present = {
@@ -114,7 +117,8 @@ class Decoder:
             if shape[-1] is None:
                 shape[-1] = self._head_sizes.get(i.name)
             grows = self._present[i.name] is not None and "encoder" not in i.name
-            filled = [(length if grows else ENCODER_TOKENS) if d is None else d for d in shape]
+            tokens = self._capacities.get(i.name, length if grows else ENCODER_TOKENS)
+            filled = [tokens if d is None else d for d in shape]
             past[i.name] = (
                 np.random.default_rng(zlib.crc32(i.name.encode())).standard_normal(filled).astype(_element(i))
             )

@@ -16,10 +16,15 @@ from .patterns.decoder import PAST_LENGTH
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """shapes: per Shape node that loses its input, the sizes it gave. sources: where each of their symbols is read."""
+    """What to put in the place of what vanishes.
+
+    shapes: per Shape node that loses its input, the sizes it gave. sources: where each of their symbols is read. idle:
+    results of attention that no output of the model needs, caches aside.
+    """
 
     shapes: Mapping[int, Shape]
     sources: Mapping[str, Source]
+    idle: frozenset[str] = frozenset()
 
 
 def misses(decoder: Decoder, sites: Sequence[Site]) -> dict[int, Miss]:
@@ -57,7 +62,7 @@ def make_plan(decoder: Decoder, sites: Sequence[Site]) -> Plan | Miss:
             needs = (*node.inputs, *node.captured)
         pending += [name for name in needs if name not in seen]
         seen.update(needs)
-    return Plan(shapes, sources)
+    return Plan(shapes, sources, frozenset(makers.keys() - seen))
 
 
 def _vanishing(decoder: Decoder, site: Site) -> set[str]:

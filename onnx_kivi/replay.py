@@ -87,6 +87,7 @@ class Reference:
             for name, size in zip(site.cache_inputs, (site.k_head_size, site.v_head_size), strict=False)
             if size
         }
+        self._capacities = {name: site.capacity for site in report.sites if site.capacity for name in site.cache_inputs}
         session = open_model(path)
         pads_right = any(site.family == "gqa" for site in report.sites)
         has_mask = any(i.name == "attention_mask" for i in session.get_inputs())
@@ -137,7 +138,7 @@ class Reference:
         )
 
     def _decoder(self, session: ort.InferenceSession) -> Decoder:
-        return Decoder(session, pairs=self._pairs, head_sizes=self._head_sizes)
+        return Decoder(session, pairs=self._pairs, head_sizes=self._head_sizes, capacities=self._capacities)
 
 
 def _compare(tokens: Tokens, expected: FloatArray, got: FloatArray, sealed_tokens: int) -> Scores:

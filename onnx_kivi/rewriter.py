@@ -15,7 +15,7 @@ from .config import KiviConfig
 from .errors import UnsupportedModelError
 from .graph import Dim, Edit, Graph, Model, Source, apply, fingerprint, load, set_attribute
 from .inspector import Findings, Report, examine
-from .patterns import Added, MaskTerm, NewConstant, Operand, Site
+from .patterns import Added, MaskTerm, NewConstant, NewNode, Operand, Site
 from .patterns.decoder import PAST_LENGTH
 from .plan import Plan
 from .spec import (
@@ -71,9 +71,12 @@ def _emit(model: Model, findings: Findings, config: KiviConfig) -> None:
     clash = {HANDLE_INPUT, PAST_LENGTH_INPUT} & graph.tensor_names
     if clash:
         raise UnsupportedModelError(f"tensor {min(clash)!r}: expected no tensor of this name; rename it")
+    live = [site for site in sites if site.output.tensor not in findings.plan.idle]
+    if not live:
+        raise UnsupportedModelError("no output of the model depends on attention over a cache; there is nothing to do")
     edit = Edit(graph)
     past_length, step = edit.name("past_length"), edit.name("step")
-    placeholder = StepAttributes(model_id="pending", layers=len(sites)).to_wire()
+    placeholder = StepAttributes(model_id="pending", layers=len(live)).to_wire()
     edit.node(
         KV_CACHE_STEP.name,
         [HANDLE_INPUT, PAST_LENGTH_INPUT],
@@ -81,8 +84,14 @@ def _emit(model: Model, findings: Findings, config: KiviConfig) -> None:
         outputs=[past_length, step],
         domain=DOMAIN,
     )
-    for slot, site in enumerate(sites):
-        _emit_site(edit, site, slot, step, config)
+    for new in dict.fromkeys(new for site in live for new in site.prologue):
+        _emit_prologue(edit, new, past_length)
+    masks: dict[tuple[object, ...], str] = {}
+    for slot, site in enumerate(live):
+        key = (site.mask, site.element, site.q_heads)
+        if key not in masks:
+            masks[key] = _mask(edit, site)
+        _emit_site(edit, site, slot, step, masks[key], config)
     removed = {i for site in sites for i in site.covered} | findings.plan.shapes.keys()
     _emit_shapes(edit, graph, findings.plan, past_length)
     apply(
@@ -101,12 +110,16 @@ def _emit(model: Model, findings: Findings, config: KiviConfig) -> None:
     set_attribute(model, KV_CACHE_STEP.name, "model_id", fingerprint(model))
 
 
-def _emit_site(edit: Edit, site: Site, slot: int, step: str, config: KiviConfig) -> None:
-    for new in site.prologue:
-        if isinstance(new, NewConstant):
-            edit.named_constant(new.name, np.array(new.values, np.int64))
-        else:
-            edit.node(new.op, new.inputs, dict(new.attributes), outputs=new.outputs, domain=new.domain)
+def _emit_prologue(edit: Edit, new: NewNode | NewConstant, past_length: str) -> None:
+    if isinstance(new, NewNode):
+        inputs = [past_length if name == PAST_LENGTH else name for name in new.inputs]
+        edit.node(new.op, inputs, dict(new.attributes), outputs=new.outputs, domain=new.domain)
+        return
+    array = np.array(new.values)
+    edit.named_constant(new.name, array.astype(np.int64 if array.dtype.kind == "i" or not array.size else np.float32))
+
+
+def _emit_site(edit: Edit, site: Site, slot: int, step: str, mask: str, config: KiviConfig) -> None:
     k_bits, v_bits = config.bits(site.layer)
     attributes = SdpaAttributes(
         slot=slot,
@@ -128,7 +141,7 @@ def _emit_site(edit: Edit, site: Site, slot: int, step: str, config: KiviConfig)
     ]
     nothing = edit.constant(np.zeros(0, np.float32))
     sink = _to_float(edit, site, edit.node("Reshape", [site.head_sink, edit.ints(-1)])) if site.head_sink else nothing
-    inputs += [_mask(edit, site) or nothing, sink, step]
+    inputs += [mask or nothing, sink, step]
     result = edit.node(
         QUANTIZED_KV_SDPA.name, inputs, attributes.to_wire(), outputs=[edit.name(f"sdpa.{slot}")], domain=DOMAIN
     )

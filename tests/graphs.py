@@ -88,12 +88,24 @@ def decoder(
 
 
 def feeds(rng: np.random.Generator, past: int, count: int, model: onnx.ModelProto) -> dict[str, Any]:
-    """Random new tokens and a causal mask (float with -3e38, or bool) for whatever inputs the model has."""
-    sizes = {"B": BATCH, "S": count, "T": past + count, "P": past}
+    """Random new tokens and a causal mask (float with -3e38, or bool) for whatever inputs the model has.
+
+    Inputs named seqlens_k, total_length and attention_mask say that nothing is padding.
+    """
+    total = past + count
+    sizes = {"B": BATCH, "S": count, "T": total, "P": past}
+    unpadded = {
+        "seqlens_k": np.full(BATCH, total - 1, np.int32),
+        "total_length": np.array(total, np.int32),
+        "attention_mask": np.ones((BATCH, total), np.int64),
+    }
     out: dict[str, Any] = {}
     seen = np.arange(past + count) <= past + np.arange(count)[:, None]
     for info in model.graph.input:
         if info.name.startswith("past") or info.name in ("cache_handle", "past_length"):
+            continue
+        if info.name in unpadded:
+            out[info.name] = unpadded[info.name]
             continue
         shape = [sizes[d.dim_param] if d.dim_param else d.dim_value for d in info.type.tensor_type.shape.dim]
         if info.type.tensor_type.elem_type == onnx.TensorProto.BOOL:

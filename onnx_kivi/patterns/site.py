@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
+Number = int | float
 LAYOUTS = ("BHSD", "BSHD", "BHDS", "(BH)SD", "BS(HD)")
 
 
@@ -59,15 +60,18 @@ class NewNode:
 
 @dataclass(frozen=True, slots=True)
 class NewConstant:
-    """An int64 initializer that a family's new nodes read."""
+    """An initializer that a family's new nodes read: int64, or float32 for floats; a plain number has no axes."""
 
     name: str
-    values: tuple[int, ...]
+    values: Number | tuple[Number, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Site:
-    """One attention over a cache. Sizes are None where the model leaves them open; `covered` are node indices."""
+    """One attention over a cache. Sizes are None where the model leaves them open; `covered` are node indices.
+
+    capacity: tokens that the original's cache inputs must have room for before anything is in them; 0 = they grow.
+    """
 
     layer: int
     family: str
@@ -92,6 +96,7 @@ class Site:
     window: int = 0
     nan_to_zero: bool = False
     prologue: tuple[NewNode | NewConstant, ...] = ()
+    capacity: int = 0
 
     def to_dict(self) -> dict[str, Any]:
         """The facts that `inspect --json` prints."""

@@ -1,8 +1,8 @@
 """What a backend is: all caches of one process, with the kernel that reads them. NumPy and native are two of these.
 
-Store and kernel are one unit, because the layout of a block in memory is the kernel's own. The semantics
-of every method (steps, tickets, order of attend, append and seal) are those of the op: see `spec` and design
-sections 2 and 3; `reference` is normative for the numbers.
+Store and kernel are one unit, because the layout of a block in memory is the kernel's own. The semantics of every
+method (steps, tickets, order of attend, append and seal) are those of the ops, see `spec`, and are said in full
+below; `reference` and `quantize` are normative for the numbers.
 """
 
 from __future__ import annotations

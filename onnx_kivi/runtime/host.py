@@ -3,6 +3,7 @@
 Contract: no exception ever leaves an op, because that aborts the process. The first error of a cache's step is
 remembered (`take_error`) and logged; the node, and the later ones of the step, return NaN. A model's default cache
 (handle 0) lives in the backend that `register` named last; any other handle or ticket says which backend it is of.
+Nodes must have all their attributes written out, as the rewriter does: onnxruntime-extensions knows no defaults.
 """
 
 from __future__ import annotations
@@ -92,9 +93,9 @@ class PythonHost:
         """The op KvCacheStep: (P, ticket), or (a P that later shapes agree with, -1) after an error."""
         handle = length = DEFAULT_HANDLE
         try:
-            self._interrupts.check()
             handle = int(cache_handle.flat[0])
             length = int(past_length.flat[0])
+            self._interrupts.check()
             _check_one("cache_handle", cache_handle)
             _check_one("past_length", past_length)
             past, ticket = self._backend(handle).open_step(handle, length, _step_attributes(tuple(wire.items())))
@@ -118,9 +119,9 @@ class PythonHost:
         """The op QuantizedKvSdpa: (B, Hq, S, Dv), NaN after an error."""
         ticket = NO_STEP
         try:
-            self._interrupts.check()
             ticket = int(step.flat[0])
             handle = ticket_handle(ticket)
+            self._interrupts.check()
             if ticket != NO_STEP and self._failures.get(handle, (NO_STEP, None))[0] != ticket:
                 attributes = _sdpa_attributes(tuple(wire.items()))
                 return _Output(

@@ -1,0 +1,79 @@
+"""Exports the zoo's architectures as optimum-onnx does (TorchScript), and as onnxruntime then rewrites some of them.
+
+Run by hand, in an environment with requirements-optimum.txt: `python export_optimum.py [STYLE/NAME ...]`.
+"""
+
+from __future__ import annotations
+
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+
+import onnx
+import onnxruntime as ort
+from architectures import ARCHITECTURES, ENCODER_DECODERS, build
+from finish import finish, selected
+from onnxruntime.transformers import float16, optimizer
+from optimum.exporters.onnx import main_export
+
+HERE = Path(__file__).parent
+ABSENT = {"qwen2_sliding", "deepseek_v3_dense"}
+SEQ2SEQ_FILES = ("decoder_with_past_model.onnx", "decoder_model_merged.onnx")
+OPTIMIZER_TYPES = {"gpt2": "gpt2", "whisper/decoder_with_past_model": "bart"}
+OPTIMIZED = {
+    "ort-basic-optimum": ("gpt2",),
+    "ort-extended-optimum": ("llama", "bloom", "gpt_neox"),
+    "ortopt-optimum": tuple(OPTIMIZER_TYPES),
+    "optimum-fp16": ("llama",),
+}
+LEVELS = {
+    "ort-basic-optimum": ort.GraphOptimizationLevel.ORT_ENABLE_BASIC,
+    "ort-extended-optimum": ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED,
+}
+
+
+def export(name: str, folder: Path) -> None:
+    """Export one architecture."""
+    task = "text2text-generation-with-past" if name in ENCODER_DECODERS else "text-generation-with-past"
+    if name == "whisper":
+        task = "automatic-speech-recognition-with-past"
+    with tempfile.TemporaryDirectory() as scratch:
+        source, target = Path(scratch) / "source", Path(scratch) / "target"
+        build(name).save_pretrained(source)
+        main_export(str(source), target, task=task, do_validation=False, library_name="transformers", device="cpu")
+        for file in SEQ2SEQ_FILES if name in ENCODER_DECODERS else ("model.onnx",):
+            place = folder / Path(file).stem if name in ENCODER_DECODERS else folder
+            place.mkdir(parents=True, exist_ok=True)
+            shutil.copy(target / file, place / "model.onnx")
+            finish(place)
+
+
+def optimize(style: str, name: str, folder: Path) -> None:
+    """Write what onnxruntime makes of optimum's export."""
+    folder.mkdir(parents=True, exist_ok=True)
+    source, target = HERE / "optimum" / name / "model.onnx", folder / "model.onnx"
+    if style in LEVELS:
+        options = ort.SessionOptions()
+        options.graph_optimization_level = LEVELS[style]
+        options.optimized_model_filepath = str(target)
+        ort.InferenceSession(str(source), options, providers=["CPUExecutionProvider"])
+    elif style == "ortopt-optimum":
+        kind = OPTIMIZER_TYPES[name]
+        optimized = optimizer.optimize_model(str(source), model_type=kind, num_heads=4, hidden_size=32)
+        optimized.save_model_to_file(str(target))
+    else:
+        onnx.save(float16.convert_float_to_float16(onnx.load(source)), target)
+    finish(folder)
+
+
+def main() -> None:
+    """Export what the command line names, or all."""
+    wanted = {"optimum": tuple(name for name in ARCHITECTURES if name not in ABSENT), **OPTIMIZED}
+    for style, name in selected(wanted, sys.argv[1:]):
+        folder = HERE / style / name
+        export(name, folder) if style == "optimum" else optimize(style, name, folder)
+
+
+if __name__ == "__main__":
+    main()

@@ -24,18 +24,17 @@ from .quantize import unpack
 TILE_TOKENS = 1024
 QUERY_TILE = 64
 
-KeySide = FloatArray | tuple[QuantizedBlock, ...]
-ValueSide = FloatArray | tuple[QuantizedBlock, ...]
+Side = tuple[QuantizedBlock | FloatArray, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Tile:
-    """Consecutive tokens [start, stop) of one row; each side is f32 (H, T, D) or quantized blocks."""
+    """Consecutive tokens [start, stop) of one row; a side is quantized blocks, or f32 pieces (H, T, D), in order."""
 
     start: int
     stop: int
-    key: KeySide
-    value: ValueSide
+    key: Side
+    value: Side
 
 
 def attend_row(
@@ -73,7 +72,7 @@ def _tiles(
     def dense(start: int, key: FloatArray, value: FloatArray) -> Iterator[Tile]:
         for i in range(0, key.shape[1], TILE_TOKENS):
             k, v = key[:, i : i + TILE_TOKENS], value[:, i : i + TILE_TOKENS]
-            yield Tile(start + i, start + i + k.shape[1], k, v)
+            yield Tile(start + i, start + i + k.shape[1], (k,), (v,))
 
     yield from dense(0, row.sink_key, row.sink_value)
     start, size = row.sink_key.shape[1], attributes.block_tokens
@@ -97,14 +96,8 @@ def _kind(block: BlockState) -> tuple[type, type]:
 
 
 def _block_tile(start: int, size: int, run: Sequence[BlockState]) -> Tile:
-    key = _side([block.key for block in run])
-    value = _side([block.value for block in run])
+    key, value = tuple(block.key for block in run), tuple(block.value for block in run)
     return Tile(start, start + len(run) * size, key, value)
-
-
-def _side(sides: Sequence[QuantizedBlock | FloatArray]) -> FloatArray | tuple[QuantizedBlock, ...]:
-    quantized = tuple(s for s in sides if isinstance(s, QuantizedBlock))
-    return quantized or np.concatenate([s for s in sides if not isinstance(s, QuantizedBlock)], axis=1)
 
 
 def _attend_queries(
@@ -185,28 +178,30 @@ def _mask_scores(
             np.copyto(scores_HGST, np.float32(-np.inf), where=hidden_ST)
 
 
-def _scores(attributes: SdpaAttributes, key: KeySide, q_HMD: FloatArray) -> FloatArray:
+def _scores(attributes: SdpaAttributes, key: Side, q_HMD: FloatArray) -> FloatArray:
     """q.k: (H, M, T)."""
-    if isinstance(key, np.ndarray):
-        scores_HMT: FloatArray = np.matmul(q_HMD, key.swapaxes(1, 2))
+    blocks, k_HTD = _split(key)
+    if k_HTD is not None:
+        scores_HMT: FloatArray = np.matmul(q_HMD, k_HTD.swapaxes(1, 2))
         return scores_HMT
-    packed_nHDx = np.stack([block.codes for block in key])
-    lo_nHD = np.stack([block.lo for block in key]).astype(np.float32)
-    scale_nHD = np.stack([block.scale for block in key]).astype(np.float32)
+    packed_nHDx = np.stack([block.codes for block in blocks])
+    lo_nHD = np.stack([block.lo for block in blocks]).astype(np.float32)
+    scale_nHD = np.stack([block.scale for block in blocks]).astype(np.float32)
     codes_nHDt = unpack(packed_nHDx, attributes.k_bits, attributes.block_tokens)
     scores_nHMt: FloatArray = np.matmul(q_HMD * scale_nHD[:, :, None, :], codes_nHDt)
     scores_nHMt += np.matmul(q_HMD, lo_nHD[..., None])
     return np.moveaxis(scores_nHMt, 0, 2).reshape(*q_HMD.shape[:2], -1)
 
 
-def _mix(attributes: SdpaAttributes, value: ValueSide, v_head_size: int, p_HMT: FloatArray) -> FloatArray:
+def _mix(attributes: SdpaAttributes, value: Side, v_head_size: int, p_HMT: FloatArray) -> FloatArray:
     """p.v: (H, M, Dv)."""
-    if isinstance(value, np.ndarray):
-        mixed_HMD: FloatArray = np.matmul(p_HMT, value)
+    blocks, v_HTD = _split(value)
+    if v_HTD is not None:
+        mixed_HMD: FloatArray = np.matmul(p_HMT, v_HTD)
         return mixed_HMD
-    packed_HTx = np.concatenate([block.codes for block in value], axis=1)
-    lo_HTg = np.concatenate([block.lo for block in value], axis=1).astype(np.float32)
-    scale_HTg = np.concatenate([block.scale for block in value], axis=1).astype(np.float32)
+    packed_HTx = np.concatenate([block.codes for block in blocks], axis=1)
+    lo_HTg = np.concatenate([block.lo for block in blocks], axis=1).astype(np.float32)
+    scale_HTg = np.concatenate([block.scale for block in blocks], axis=1).astype(np.float32)
     codes_HTD = unpack(packed_HTx, attributes.v_bits, v_head_size)
     size = attributes.v_group_size or v_head_size
     mixed_HMD = np.matmul(p_HMT, lo_HTg)[..., np.arange(v_head_size) // size]
@@ -214,3 +209,12 @@ def _mix(attributes: SdpaAttributes, value: ValueSide, v_head_size: int, p_HMT: 
         channels = slice(start, start + size)
         mixed_HMD[..., channels] += np.matmul(p_HMT * scale_HTg[:, None, :, g], codes_HTD[..., channels])
     return mixed_HMD
+
+
+def _split(side: Side) -> tuple[list[QuantizedBlock], FloatArray | None]:
+    """(quantized blocks, None), or ([], the f32 tokens as one array)."""
+    blocks = [piece for piece in side if isinstance(piece, QuantizedBlock)]
+    dense = [piece for piece in side if not isinstance(piece, QuantizedBlock)]
+    if not dense:
+        return blocks, None
+    return blocks, dense[0] if len(dense) == 1 else np.concatenate(dense, axis=1)

@@ -15,11 +15,15 @@ from .errors import UnsupportedModelError
 from .graph import Graph, Model, Node, load
 from .graph.dims import TooComplexError
 from .patterns import FAMILIES, Cache, Decoder, Miss, Port, Site, read_decoder
+from .patterns.field_reader import FieldReader
+from .patterns.mask import with_mask_facts
 from .plan import Plan, make_plan, misses
 from .savings import savings
 from .spec import DOMAIN
 
 OPSETS = range(11, 27)
+ROUNDS_ACTIVATIONS = ("DynamicQuantizeLinear", "com.microsoft.DynamicQuantizeMatMul", "com.microsoft.QAttention")
+INT8_ACCURACY_LEVEL = 4
 MERGED = (
     "the layers lie inside the branches of this node (a merged decoder); export without merging and rewrite the "
     "decoder that takes a past"
@@ -28,11 +32,15 @@ MERGED = (
 
 @dataclass(frozen=True)
 class Report:
-    """Sites and misses of one model. `element` is the type of its caches; `str()` is a table for people."""
+    """Sites and misses of one model; `str()` is a table for people.
+
+    element: type of its caches. int8_activations: whether the model itself rounds activations to 8 bits as it runs.
+    """
 
     sites: tuple[Site, ...]
     misses: tuple[Miss, ...]
     element: str
+    int8_activations: bool = False
 
     def to_dict(self) -> dict[str, Any]:
         """The report as JSON-able data."""
@@ -96,7 +104,8 @@ def examine(model: Model) -> Findings:
     ports: dict[str, tuple[Port, ...]] = {op: ports for family in FAMILIES for op, ports in family.PORTS.items()}
     decoder = read_decoder(graph, ports)
     found = list(_matches(decoder))
-    sites = [site for site in found if isinstance(site, Site)]
+    reader = FieldReader(decoder)
+    sites = [with_mask_facts(decoder, reader, site) for site in found if isinstance(site, Site)]
     missed = [miss for miss in found if isinstance(miss, Miss)]
     plan = Plan({}, {})
     while sites:
@@ -112,7 +121,16 @@ def examine(model: Model) -> Findings:
     missed += _unmatched(decoder, sites, bool(missed))
     sites = _numbered(sites)
     element = sites[0].element if sites else "float"
-    return Findings(decoder, plan, Report(tuple(sites), tuple(missed), element))
+    return Findings(decoder, plan, Report(tuple(sites), tuple(missed), element, _rounds_activations(graph)))
+
+
+def _rounds_activations(graph: Graph) -> bool:
+    return any(
+        node.op in ROUNDS_ACTIVATIONS
+        or (node.op == "QuantizeLinear" and graph.constant(node.inputs[0]) is None)
+        or (node.op == "com.microsoft.MatMulNBits" and node.attr("accuracy_level", 0) == INT8_ACCURACY_LEVEL)
+        for node in graph.nodes
+    )
 
 
 def _check_versions(model: Model) -> None:

@@ -73,7 +73,7 @@ def decoder(
         count = text.count(",") + 1
         size = "" if kind == "f" and count == 1 else f"[{count}]"
         return constants.setdefault(
-            f"{'int64' if kind == 'i' else 'float'}{size} %s = {{{text}}}", f"c{len(constants)}"
+            f"{'int64' if kind == 'i' else 'float'}{size} %s = {{{text}}}", f"constant_{len(constants)}"
         )
 
     body = CONSTANT.sub(name, body)
@@ -112,6 +112,8 @@ def feeds(rng: np.random.Generator, past: int, count: int, model: onnx.ModelProt
             out[info.name] = np.broadcast_to(seen, shape).copy()
         elif info.name == "mask":
             out[info.name] = np.broadcast_to(np.where(seen, 0, -3e38), shape).astype(np.float32)
+        elif info.name == "attention_mask":
+            out[info.name] = np.broadcast_to((np.arange(past + count) % 3 != 1).astype(np.int64), shape).copy()
         elif info.type.tensor_type.elem_type == onnx.TensorProto.INT64:
             out[info.name] = rng.integers(0, 3, shape)
         else:

@@ -25,7 +25,11 @@ SPELLINGS: dict[str, dict[str, Any]] = {
     "scale from shapes": {
         "scale": "qs = Shape(query) d = Gather(qs, i(3)) df = Cast<to=1>(d) root = Sqrt(df) scaled = Div(scores, root)"
     },
-    "mask before the scale": {"scale": "added = Add(scores, mask)", "mask": "masked = Div(added, f(3.0))"},
+    "terms between two scales": {
+        "scale": """s1 = Mul(scores, f(0.5)) bias = Reshape(f(0.1,0.2,0.3,0.4), i(1,4,1,1))
+            s2 = Add(s1, bias) added = Add(s2, mask)""",
+        "mask": "masked = Div(added, f(3.0))",
+    },
     "two terms, sides swapped": {
         "mask": "bias = Reshape(f(0.1,0.2,0.3,0.4), i(1,4,1,1)) m1 = Add(bias, scaled) masked = Add(m1, mask)"
     },
@@ -177,6 +181,10 @@ NEAR_MISSES: dict[str, tuple[dict[str, Any], str]] = {
                 v7 = Reshape(v6, i(0,4,-1,8)) v = Transpose<perm=[0,3,2,1]>(v7)""",
             "outputs": {"out": "float[B,8,S,4] out"},
         },
+        "got another order of axes",
+    ),
+    "queries against tokens": (
+        {"inputs": {"query": "float[B,4,S,T] query"}, "transpose": "kt = Identity(k)"},
         "got another order of axes",
     ),
     "present read by something else": (

@@ -6,11 +6,12 @@ from .files import load, save
 from .schemas import register_schemas
 from .shapes import Shape, Shapes, Source, infer_shapes
 from .text import parse_model
-from .view import BOOL, FLOATS, Array, Graph, Model, Node, element_name
+from .view import BOOL, FLOATS, INTEGERS, Array, Graph, Model, Node, element_name
 
 __all__ = [
     "BOOL",
     "FLOATS",
+    "INTEGERS",
     "Array",
     "Dim",
     "Edit",

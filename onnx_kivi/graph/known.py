@@ -63,15 +63,17 @@ def axes_of(node: Node, inputs: Sequence[Known | None]) -> list[int] | None:
     return None if axes is None else list(axes)
 
 
-def slices(node: Node, inputs: Sequence[Known | None], rank: int) -> list[tuple[int, int, int]]:
+def slices(node: Node, inputs: Sequence[Known | None], rank: int) -> list[tuple[int, int | Dim, int | Dim]]:
     """(axis, start, end) of each part of a Slice, of either spelling, over a tensor of this rank; steps of 1 only."""
     if len(inputs) > 1:
-        starts, ends = ints(inputs[1]), ints(inputs[2])
+        starts, ends = (list(value_of(known).flat) if known else [] for known in inputs[1:3])
         axes = ints(inputs[3]) if node.input(3) else list(range(len(starts)))
         steps = ints(inputs[4]) if node.input(4) else [1] * len(starts)
     else:
         starts, ends = list(node.attr("starts", ())), list(node.attr("ends", ()))
         axes, steps = list(node.attr("axes", range(len(starts)))), [1] * len(starts)
     if any(step != 1 for step in steps) or any(not -rank <= axis < rank for axis in axes):
+        raise UnknownError
+    if not len(starts) == len(ends) == len(axes):
         raise UnknownError
     return [(axis % rank, start, end) for axis, start, end in zip(axes, starts, ends, strict=True)]

@@ -65,11 +65,9 @@ def _slice(node: Node, inputs: Sequence[Known | None], _: Equations) -> list[Siz
     sizes: list[Any] = list(known_shape(inputs[0]))
     for axis, start, stop in slices(node, inputs, len(sizes)):
         size = sizes[axis]
-        if isinstance(size, int):
+        if isinstance(size, int) and isinstance(start, int) and isinstance(stop, int):
             sizes[axis] = len(range(*slice(start, stop).indices(size)))
-        elif start == 0 and stop >= OPEN_END:
-            continue
-        else:
+        elif start != 0 or not (stop == size or (isinstance(stop, int) and stop >= OPEN_END)):
             sizes[axis] = None
     return [tuple(sizes)]
 
@@ -92,6 +90,12 @@ def _as_first(_: Node, inputs: Sequence[Known | None], __: Equations) -> list[Si
     return [known_shape(inputs[0])]
 
 
+def _skip_norm(node: Node, inputs: Sequence[Known | None], _: Equations) -> list[Sizes | None]:
+    """Normalized input, mean, variance, and the sum of input and skip."""
+    shape = known_shape(inputs[0])
+    return [shape, None, None, shape][: len(node.outputs)]
+
+
 def _fused_matmul(node: Node, inputs: Sequence[Known | None], _: Equations) -> list[Sizes]:
     a, b = known_shape(inputs[0]), known_shape(inputs[1])
     if len(a) < 2 or len(b) < 2 or node.attr("transBatchA", 0) or node.attr("transBatchB", 0):
@@ -104,7 +108,32 @@ def _matmul_nbits(node: Node, inputs: Sequence[Known | None], _: Equations) -> l
     return [(*known_shape(inputs[0])[:-1], node.attr("N", 0))]
 
 
-SHAPE_RULES: Mapping[str, Callable[[Node, Sequence[Known | None], Equations], list[Sizes]]] = {
+def _group_query_attention(node: Node, inputs: Sequence[Known | None], _: Equations) -> list[Sizes]:
+    *rows, hidden = known_shape(inputs[0])
+    heads, kv_heads = node.attr("num_heads"), node.attr("kv_num_heads")
+    if not node.input(1):
+        if not isinstance(hidden, int):
+            raise UnknownError
+        hidden = hidden // (heads + 2 * kv_heads) * heads
+    return [(*rows, hidden)]
+
+
+def _multi_head_attention(_: Node, inputs: Sequence[Known | None], __: Equations) -> list[Sizes]:
+    query, value = known_shape(inputs[0]), known_shape(inputs[2] if len(inputs) > 2 else None)
+    if len(query) != 3:
+        raise UnknownError
+    return [(*query[:2], value[2] if len(value) == 3 else value[1] * value[3])]
+
+
+def _packed_attention(node: Node, inputs: Sequence[Known | None], _: Equations) -> list[Sizes]:
+    sizes = node.attr("qkv_hidden_sizes")
+    hidden = sizes[2] if sizes else divide(known_shape(inputs[1])[1], 3)
+    if hidden is None:
+        raise UnknownError
+    return [(*known_shape(inputs[0])[:-1], hidden)]
+
+
+SHAPE_RULES: Mapping[str, Callable[[Node, Sequence[Known | None], Equations], Sequence[Sizes | None]]] = {
     "Reshape": _reshape,
     "Expand": _expand,
     "Concat": _concat,
@@ -114,12 +143,14 @@ SHAPE_RULES: Mapping[str, Callable[[Node, Sequence[Known | None], Equations], li
     "com.microsoft.FusedMatMul": _fused_matmul,
     "com.microsoft.MatMulNBits": _matmul_nbits,
     "SimplifiedLayerNormalization": _as_first,
-    "com.microsoft.SkipLayerNormalization": _as_first,
-    "com.microsoft.SkipSimplifiedLayerNormalization": _as_first,
+    "com.microsoft.SkipLayerNormalization": _skip_norm,
+    "com.microsoft.SkipSimplifiedLayerNormalization": _skip_norm,
     "com.microsoft.RotaryEmbedding": _as_first,
     "com.microsoft.BiasGelu": _as_first,
     "com.microsoft.FastGelu": _as_first,
     "com.microsoft.QuickGelu": _as_first,
     "com.microsoft.Gelu": _as_first,
-    "com.microsoft.GroupQueryAttention": lambda *_: [],
+    "com.microsoft.GroupQueryAttention": _group_query_attention,
+    "com.microsoft.MultiHeadAttention": _multi_head_attention,
+    "com.microsoft.Attention": _packed_attention,
 }

@@ -8,6 +8,7 @@ rule here go through onnx's own node inference.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -175,18 +176,18 @@ class _Pass:
                 value = _objects(array) if array.size <= MAX_VALUES else None
                 return [Known(int(onnx.helper.np_dtype_to_tensor_dtype(array.dtype)), array.shape, value)]
         declared = self._node_inference(node, inputs)
-        try:
+        with contextlib.suppress(UnknownError, TooComplexError):
             value = self._value(node, inputs)
             if value is not None:
                 return [Known(declared[0].element, value.shape, value), *declared[1:]]
-            if node.op in SHAPE_RULES:
-                shapes = SHAPE_RULES[node.op](node, inputs, self.equations)
-                declared = [Known(d.element, s) for d, s in zip(declared, shapes, strict=False)] + declared[
-                    len(shapes) :
-                ]
-        except (UnknownError, TooComplexError):
-            pass
+        with contextlib.suppress(UnknownError, TooComplexError):
+            for i, shape in enumerate(self._shapes(node, inputs)):
+                declared[i] = Known(declared[i].element, shape or declared[i].shape)
         return [self._complete(name, d) for name, d in zip(node.outputs, declared, strict=True)]
+
+    def _shapes(self, node: Node, inputs: Sequence[Known | None]) -> Sequence[Sizes | None]:
+        rule = SHAPE_RULES.get(node.op)
+        return [] if rule is None else rule(node, inputs, self.equations)
 
     def _value(self, node: Node, inputs: Sequence[Known | None]) -> Values | None:
         rule = VALUE_RULES.get(node.op)

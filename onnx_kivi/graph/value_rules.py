@@ -119,6 +119,8 @@ def _slice_value(node: Node, inputs: Sequence[Known]) -> Values:
     value = value_of(inputs[0])
     index = [slice(None)] * value.ndim
     for axis, start, end in slices(node, inputs, value.ndim):
+        if isinstance(start, Dim) or isinstance(end, Dim):
+            raise UnknownError
         index[axis] = slice(start, end)
     return value[tuple(index)]
 

@@ -23,6 +23,7 @@ Model = onnx.ModelProto
 Array = npt.NDArray[Any]
 
 BOOL: int = onnx.TensorProto.BOOL
+INTEGERS: frozenset[int] = frozenset({onnx.TensorProto.INT64, onnx.TensorProto.INT32})
 FLOATS: Mapping[int, str] = {
     onnx.TensorProto.FLOAT: "float",
     onnx.TensorProto.FLOAT16: "float16",
@@ -107,6 +108,11 @@ class Graph:
         if tensor in self.inputs or tensor not in self.initializers:
             return None
         return _array(self.initializers[tensor])
+
+    def constant_attribute(self, node: Node, name: str) -> Array | None:
+        """Value of a tensor attribute, None if it is absent."""
+        tensor = node.attr(name)
+        return None if tensor is None else _array(tensor)
 
     @cached_property
     def tensor_names(self) -> frozenset[str]:

@@ -1,0 +1,228 @@
+"""Reads the nodes behind a tensor as a `fields` function of its indices. Source: the ONNX operator specification."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from ..graph import BOOL, FLOATS, INTEGERS, Dim, Node
+from ..graph.dims import divide
+from .decoder import Decoder
+from .field_ops import binary, constant_field, number, select, to_affine, to_cases, to_truth
+from .fields import (
+    Affine,
+    AtMostZero,
+    Cases,
+    Element,
+    Field,
+    Truth,
+    UnreadableError,
+    affine,
+    as_truth,
+    composed,
+    is_zero,
+    shifted,
+)
+
+MAX_DEPTH = 200
+MOVES = ("Reshape", "Unsqueeze", "Squeeze", "Flatten")
+
+
+class FieldReader:
+    """Reads tensors of one model as fields; each is read once."""
+
+    def __init__(self, decoder: Decoder) -> None:
+        self._decoder = decoder
+        self._fields: dict[str, Field] = {}
+        self._depth = 0
+
+    def read(self, tensor: str) -> Field:
+        """The tensor as a function of its indices. Raises UnreadableError."""
+        if tensor not in self._fields:
+            self._depth += 1
+            try:
+                if self._depth > MAX_DEPTH:
+                    raise UnreadableError("too deep")
+                self._fields[tensor] = self._read(tensor)
+            finally:
+                self._depth -= 1
+        return self._fields[tensor]
+
+    def truth(self, tensor: str) -> Truth:
+        """A boolean tensor."""
+        return to_truth(self.read(tensor))
+
+    def cases(self, tensor: str) -> Cases:
+        """A float tensor."""
+        return to_cases(self.read(tensor))
+
+    def _read(self, tensor: str) -> Field:
+        shapes = self._decoder.shapes
+        value = shapes.value(tensor)
+        if value is not None and value.size == 1:
+            return constant_field(value.item(), shapes.element(tensor))
+        node = self._decoder.graph.producer(tensor)
+        if node is not None:
+            return self._rule(node)
+        if tensor not in self._decoder.graph.inputs:
+            raise UnreadableError(tensor)
+        return Element(tensor, tuple(affine(0, {axis: 1}) for axis in range(len(self._shape(tensor)))))
+
+    def _rule(self, node: Node) -> Field:
+        match node.op:
+            case "Identity":
+                return self.read(node.inputs[0])
+            case "Cast":
+                return self._cast(node)
+            case "Range":
+                return self._range(node)
+            case "ConstantOfShape":
+                return self._filled(node)
+            case "Reshape" | "Unsqueeze" | "Squeeze" | "Flatten":
+                return self._regrouped(node)
+            case "Expand":
+                return self._aligned(node, 0)
+            case "Slice":
+                return self._slice(node)
+            case "Trilu":
+                return self._trilu(node)
+            case "Concat":
+                return self._stacked(node)
+            case "Gather":
+                return self._gather(node)
+            case "GatherND":
+                return self._gather_nd(node)
+            case "ScatterND":
+                return self._scatter_nd(node)
+            case "Not":
+                return to_truth(self.read(node.inputs[0])).negated()
+            case "Where":
+                return self._where(node)
+        if len(node.inputs) == 2:
+            return binary(node, self._aligned(node, 0), self._aligned(node, 1))
+        raise UnreadableError(str(node))
+
+    def _shape(self, tensor: str) -> Sequence[int | Dim]:
+        shape = self._decoder.shapes.shape(tensor)
+        if shape is None:
+            raise UnreadableError(tensor)
+        return shape
+
+    def _aligned(self, node: Node, index: int) -> Field:
+        """Input `index` of a broadcasting node as a function of the output's indices."""
+        rank = len(self._shape(node.inputs[index]))
+        lift = len(self._shape(node.outputs[0])) - rank
+        field = self.read(node.inputs[index])
+        return shifted(field, {axis: axis + lift for axis in range(rank)}) if lift else field
+
+    def _cast(self, node: Node) -> Field:
+        field, to = self.read(node.inputs[0]), node.attr("to")
+        if to == BOOL:
+            return field if isinstance(field, Truth) else as_truth(to_cases(field), is_zero).negated()
+        if to in FLOATS:
+            return to_cases(field)
+        if to in INTEGERS and isinstance(field, (Affine, Element)):
+            return field
+        raise UnreadableError(str(node))
+
+    def _range(self, node: Node) -> Field:
+        start, delta = self.read(node.inputs[0]), self.read(node.inputs[2])
+        if not isinstance(start, Affine) or not isinstance(delta, Affine) or start.steps or delta.steps:
+            raise UnreadableError(str(node))
+        return affine(start.const, {0: delta.const})
+
+    def _filled(self, node: Node) -> Field:
+        array = self._decoder.graph.constant_attribute(node, "value")
+        element = self._decoder.shapes.element(node.outputs[0])
+        return constant_field(0.0 if array is None else array.item(), element)
+
+    def _regrouped(self, node: Node) -> Field:
+        """Moves that, taken together with those right before, only add and remove axes of size 1."""
+        base = node
+        while (source := self._decoder.graph.producer(base.inputs[0])) is not None and source.op in MOVES:
+            base = source
+        before, after = self._shape(base.inputs[0]), self._shape(node.outputs[0])
+        old = [axis for axis, size in enumerate(before) if size != 1]
+        new = [axis for axis, size in enumerate(after) if size != 1]
+        if [before[axis] for axis in old] != [after[axis] for axis in new]:
+            raise UnreadableError(str(node))
+        return shifted(self.read(base.inputs[0]), dict(zip(old, new, strict=True)))
+
+    def _slice(self, node: Node) -> Field:
+        starts, axes, steps = (self._decoder.shapes.value(node.input(i)) if node.input(i) else None for i in (1, 3, 4))
+        if starts is None or (steps is not None and any(step != 1 for step in steps.flat)):
+            raise UnreadableError(str(node))
+        rank = len(self._shape(node.inputs[0]))
+        places = range(len(starts)) if axes is None else [axis % rank for axis in axes.flat]
+        moved = {axis: affine(0, {axis: 1}) for axis in range(rank)}
+        for axis, start in zip(places, starts.flat, strict=True):
+            if not isinstance(start, int) or start < 0:
+                raise UnreadableError(str(node))
+            moved[axis] = affine(start, {axis: 1})
+        return composed(self.read(node.inputs[0]), moved)
+
+    def _trilu(self, node: Node) -> Field:
+        rank = len(self._shape(node.inputs[0]))
+        diagonal = self.read(node.input(1)) if node.input(1) else Affine(0)
+        if not isinstance(diagonal, Affine) or diagonal.steps:
+            raise UnreadableError(str(node))
+        below = affine(diagonal.const, {rank - 2: 1, rank - 1: -1})  # at most 0 on and above the diagonal
+        kept = AtMostZero(below if node.attr("upper", 1) else below.times(-1))
+        where = Truth(frozenset({frozenset({kept})}))
+        field = self.read(node.inputs[0])
+        if isinstance(field, Truth):
+            return field.and_(where)
+        return select(where, to_cases(field), number(0.0))
+
+    def _stacked(self, node: Node) -> Field:
+        """Index vectors: integer functions side by side along a last axis of size 1 each."""
+        if len(node.inputs) == 1:
+            return self.read(node.inputs[0])
+        rank = len(self._shape(node.outputs[0]))
+        parts = [self.read(name) for name in node.inputs]
+        sizes = {self._shape(name)[-1] for name in node.inputs}
+        if node.attr("axis", 0) not in (-1, rank - 1) or sizes != {1}:
+            raise UnreadableError(str(node))
+        return tuple(to_affine(part) for part in parts)
+
+    def _gather(self, node: Node) -> Field:
+        """Elements of a matrix seen as a column, at flat positions row * columns + column."""
+        flat = self._decoder.graph.producer(node.inputs[0])
+        position = self.read(node.inputs[1])
+        sizes = () if flat is None else self._shape(flat.inputs[0])
+        if flat is None or flat.op not in MOVES or node.attr("axis", 0) != 0 or len(sizes) != 2:
+            raise UnreadableError(str(node))
+        if self._shape(node.inputs[0])[1:] not in ((), (1,)) or not isinstance(position, Affine):
+            raise UnreadableError(str(node))
+        row, column = Affine(0), Affine(0)
+        for axis, step in (*position.steps, (None, position.const)):
+            whole = divide(step, sizes[1])
+            part = Affine(1) if axis is None else affine(0, {axis: 1})
+            row, column = (row.plus(part.times(whole)), column) if whole else (row, column.plus(part.times(step)))
+        return composed(self.read(flat.inputs[0]), {0: row, 1: column})
+
+    def _gather_nd(self, node: Node) -> Field:
+        index = self.read(node.inputs[1])
+        if not isinstance(index, tuple) or node.attr("batch_dims", 0) or len(index) != len(self._shape(node.inputs[0])):
+            raise UnreadableError(str(node))
+        return composed(self.read(node.inputs[0]), dict(enumerate(index)))
+
+    def _scatter_nd(self, node: Node) -> Field:
+        """Updates that take the place of everything: each element is written at its own index."""
+        index = self.read(node.inputs[1])
+        own = tuple(affine(0, {axis: 1}) for axis in range(len(self._shape(node.inputs[0]))))
+        sizes = self._shape(node.inputs[0])
+        if node.attr("reduction", "none") != "none" or not isinstance(index, tuple) or len(index) != len(own):
+            raise UnreadableError(str(node))
+        for axis, (part, expected) in enumerate(zip(index, own, strict=True)):
+            if part != expected and not (sizes[axis] == 1 and part in (Affine(0), expected)):
+                raise UnreadableError(str(node))
+        if list(self._shape(node.inputs[2])) != list(sizes):
+            raise UnreadableError(str(node))
+        return self.read(node.inputs[2])
+
+    def _where(self, node: Node) -> Field:
+        where = to_truth(self._aligned(node, 0))
+        yes, no = self._aligned(node, 1), self._aligned(node, 2)
+        if isinstance(yes, Truth) and isinstance(no, Truth):
+            return where.and_(yes).or_(where.negated().and_(no))
+        return select(where, to_cases(yes), to_cases(no))

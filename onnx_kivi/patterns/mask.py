@@ -1,0 +1,154 @@
+"""Which keys a mask hides, where that can be proven: causal, windowed and padded parts become facts of the site.
+
+A term that hides exactly the keys after the query, those `window` or more before it, and those whose element of a
+(batch, tokens) input is 0, becomes attributes and a mask of shape (B, 1, 1, T); any other term stays a tensor. Rows
+that see at least one key keep their result to rounding; a row that sees none is padding, whose result nobody reads.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+from ..graph import Dim, symbol
+from ..graph.dims import TooComplexError
+from .decoder import PAST_LENGTH, Decoder
+from .field_reader import FieldReader
+from .fields import NEVER, AtMostZero, Element, Literal, Truth, UnreadableError, affine, equivalent, shifted
+from .prologue import Prologue
+from .scores import LEAST_FILL
+from .site import Added, Filled, MaskTerm, Site
+
+QUERY, KEY = 2, 3
+HALF_FILL = -6e4
+
+
+@dataclass(frozen=True, slots=True)
+class Hidden:
+    """What a term hides: keys after the query, keys outside a window, elements of an input that are 0; and its fill."""
+
+    causal: bool
+    window: int
+    padding: str
+    fill: float
+
+
+def with_mask_facts(decoder: Decoder, reader: FieldReader, site: Site) -> Site:
+    """The site with every term that is understood turned into attributes and padding."""
+    new_tokens, prologue = _new_tokens(decoder, site), Prologue(decoder.graph)
+    terms: list[MaskTerm] = []
+    causal, window = site.is_causal, site.window
+    for term in (part for whole in site.mask for part in _parts(decoder, reader, whole)):
+        hidden = _hidden(reader, term, HALF_FILL if site.element == "float16" else LEAST_FILL)
+        unbound = hidden is not None and hidden.window and not (hidden.causal or causal)
+        if hidden is None or unbound or (hidden.padding and new_tokens is None):
+            terms.append(term)
+            continue
+        causal = causal or hidden.causal
+        window = min((w for w in (window, hidden.window) if w), default=0)
+        if hidden.padding and new_tokens is not None:
+            terms.append(Filled(_unpadded(prologue, hidden.padding, new_tokens), keep=True, fill=hidden.fill, rank=4))
+    return replace(
+        site,
+        mask=tuple(terms),
+        is_causal=causal,
+        window=window,
+        prologue=(*site.prologue, *prologue.parts),
+    )
+
+
+def _parts(decoder: Decoder, reader: FieldReader, term: MaskTerm) -> list[MaskTerm]:
+    """The terms that an Add joined, if one of them can be read where the sum can't."""
+    node = decoder.graph.producer(term.tensor) if isinstance(term, Added) and not term.flat else None
+    if not isinstance(term, Added) or node is None or node.op != "Add" or _readable(reader, term):
+        return [term]
+    ranks = [decoder.shapes.rank(name) for name in node.inputs]
+    parts = [replace(term, tensor=name, rank=rank or 0) for name, rank in zip(node.inputs, ranks, strict=True)]
+    return [*parts] if None not in ranks and any(_readable(reader, part) for part in parts) else [term]
+
+
+def _readable(reader: FieldReader, term: Added) -> bool:
+    try:
+        reader.cases(term.tensor)
+    except (UnreadableError, TooComplexError):
+        return False
+    return True
+
+
+def _unpadded(prologue: Prologue, tensor: str, new_tokens: tuple[str, int]) -> str:
+    """Where the first T elements of each row of (B, T or more) are not 0, as (B, 1, 1, T)."""
+    total = prologue.node("Add", PAST_LENGTH, prologue.size(*new_tokens))
+    first = prologue.node("Slice", tensor, prologue.constant(0), total, prologue.constant(1))
+    return prologue.unsqueeze(prologue.bool(first), 1, 2)
+
+
+def _new_tokens(decoder: Decoder, site: Site) -> tuple[str, int] | None:
+    """An axis of a graph input, not a cache, that is as long as the new tokens."""
+    queries = (site.query.tensor, 1 if site.query.layout in ("(BH)SD", "BS(HD)", "BSHD") else 2)
+    terms = [(term.tensor if isinstance(term, Added) else term.condition, -2) for term in site.mask if term.rank > 1]
+    caches = {cache.input for cache in decoder.caches.values()}
+    for tensor, axis in (queries, *terms):
+        shape = decoder.shapes.shape(tensor)
+        size = None if shape is None else shape[axis]
+        places = decoder.shapes.sources.get(size.name or "", ()) if isinstance(size, Dim) else ()
+        for place in places:
+            if place.is_size and place.tensor in decoder.graph.inputs and place.tensor not in caches:
+                return place.tensor, place.place
+    return None
+
+
+def _hidden(reader: FieldReader, term: MaskTerm, least_fill: float) -> Hidden | None:
+    if term.flat:
+        return None
+    try:
+        if isinstance(term, Filled):
+            seen = reader.truth(term.condition)
+            hides, fill = (seen.negated() if term.keep else seen), term.fill * term.factor
+        else:
+            hides, fill = _filled(reader, term)
+        lift = 4 - term.rank
+        where = shifted(hides, {axis: axis + lift for axis in range(term.rank)})
+    except (UnreadableError, TooComplexError):
+        return None
+    return _facts(where, fill) if isinstance(where, Truth) and fill <= least_fill else None
+
+
+def _filled(reader: FieldReader, term: Added) -> tuple[Truth, float]:
+    """Where a float mask is not 0, and the one value that it has there."""
+    where, fills = NEVER, set()
+    for case, element, factor, offset in reader.cases(term.tensor).values:
+        if element is not None and factor:
+            raise UnreadableError(term.tensor)
+        if offset:
+            where = where.or_(case)
+            fills.add(offset * term.factor)
+    if len(fills) != 1:
+        raise UnreadableError(term.tensor)
+    return where, fills.pop()
+
+
+def _facts(where: Truth, fill: float) -> Hidden | None:
+    facts: dict[str, Any] = {"causal": False, "window": 0, "padding": ""}
+    whole = NEVER
+    for literal in {x for case in where.cases for known in case for x in (known, known.negated())}:
+        fact = _fact(literal)
+        if fact is None:
+            continue
+        if facts[fact[0]]:
+            return None
+        facts[fact[0]] = fact[1]
+        whole = whole.or_(Truth(frozenset({frozenset({literal})})))
+    return Hidden(**facts, fill=fill) if whole != NEVER and equivalent(where, whole) else None
+
+
+def _fact(literal: Literal) -> tuple[str, Any] | None:
+    past = symbol(PAST_LENGTH)
+    if isinstance(literal, Element):
+        at_key = (affine(0, {0: 1}), affine(0, {KEY: 1}))
+        return ("padding", literal.tensor) if literal.zero and literal.index == at_key else None
+    if literal == AtMostZero(affine(past + 1, {QUERY: 1, KEY: -1})):  # past + query + 1 <= key
+        return "causal", True
+    window = literal.of.const + past
+    if isinstance(window, int) and window > 0 and literal == AtMostZero(affine(window - past, {QUERY: -1, KEY: 1})):
+        return "window", window
+    return None

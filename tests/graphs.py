@@ -114,8 +114,8 @@ def feeds(rng: np.random.Generator, past: int, count: int, model: onnx.ModelProt
             out[info.name] = np.broadcast_to(np.where(seen, 0, -3e38), shape).astype(np.float32)
         elif info.name == "attention_mask":
             out[info.name] = np.broadcast_to((np.arange(past + count) % 3 != 1).astype(np.int64), shape).copy()
-        elif info.type.tensor_type.elem_type == onnx.TensorProto.INT64:
-            out[info.name] = rng.integers(0, 3, shape)
+        elif np.issubdtype(element_of(info), np.integer):
+            out[info.name] = rng.integers(0, 3, shape).astype(element_of(info))
         else:
             out[info.name] = rng.standard_normal(shape, np.float32).astype(element_of(info))
     return out
@@ -140,8 +140,8 @@ def replay(model: onnx.ModelProto, folder: Path, bits: int = 32) -> list[tuple[n
     shapes = {
         i.name: [d if isinstance(d, int) else {"B": BATCH}.get(d, 0) for d in i.shape] for i in original.get_inputs()
     }
-    element = element_of(model.graph.input[0])
-    past = {name: np.zeros(shape, element) for name, shape in shapes.items() if name.startswith("past")}
+    elements = {i.name: element_of(i) for i in model.graph.input}
+    past = {name: np.zeros(shape, elements[name]) for name, shape in shapes.items() if name.startswith("past")}
     names = [o.name for o in original.get_outputs()]
     results, length = [], 0
     for count in STEPS:

@@ -52,7 +52,8 @@ def gqa(
 ) -> onnx.ModelProto:
     """A one-node decoder; `tail` is what follows total_sequence_length, `front` what makes its inputs."""
     node = f"""{front} out, present_0_key, present_0_value{outputs} =
-        com.microsoft.GroupQueryAttention<{HEADS}{attributes}>({operands}, past_0_key, past_0_value, seqlens_k, total_length{tail})"""
+        com.microsoft.GroupQueryAttention<{HEADS}{attributes}>(
+        {operands}, past_0_key, past_0_value, seqlens_k, total_length{tail})"""
     return decoder(
         inputs=INPUTS | (inputs or {}),
         outputs=OUTPUTS | more.pop("gives", {}),

@@ -1,0 +1,106 @@
+"""com.microsoft MultiHeadAttention: past and present inside, or keys and values that are caches joined outside.
+
+Its causal mask counts from the past that the node itself joins and hides with the lowest float; its padding mask fills
+with `mask_filter_value`. Without a cache, as in cross-attention over an encoder, it is no site.
+Source: ContribOperators.md; the CPU kernel (mask forms).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from ..graph import Node, element_name
+from .contrib import attention_scale, joined_cache, padding_mask, refuse
+from .decoder import Decoder, Port
+from .layout import CacheView, cache_view
+from .operands import cache_operand, cache_sizes
+from .prologue import Prologue
+from .site import Added, MaskTerm, Miss, MissError, Operand, Site
+
+FAMILY = "mha"
+ANCHORS = ("com.microsoft.MultiHeadAttention",)
+PORTS: Mapping[str, tuple[Port, ...]] = {ANCHORS[0]: (Port(6, 1, 2), Port(7, 2, 2))}
+
+QUERY, KEY, VALUE, INPUT_BIAS, PADDING, BIAS, PAST_KEY, PAST_VALUE = range(8)
+REFUSED_INPUTS = {8: "the past length of a shared buffer", 9: "the beams of a shared buffer"}
+LAYOUT = "BS(HD)"
+
+
+def match(decoder: Decoder, node: Node) -> Site | Miss | None:
+    """The site of a MultiHeadAttention node; None if it reads no cache."""
+    try:
+        return _match(decoder, node)
+    except MissError as miss:
+        return Miss(node.name, str(miss))
+
+
+def _match(decoder: Decoder, node: Node) -> Site | None:
+    prologue = Prologue(decoder.graph)
+    inside = bool(joined_cache(decoder, node, PAST_KEY, 1) and joined_cache(decoder, node, PAST_VALUE, 2))
+    keys, values = (_view(decoder, name) for name in (node.outputs[1:3] if inside else (*node.inputs, "", "")[1:3]))
+    if keys is None:
+        return None
+    if values is None or (keys.scale, values.scale) != (1.0, 1.0):
+        raise MissError(f"{node.op}: expected keys and values of caches as they are, got {node.inputs[KEY:INPUT_BIAS]}")
+    refuse(node, REFUSED_INPUTS, {3: "the scores"})
+    causal = bool(node.attr("unidirectional", 0))
+    if causal and not inside:
+        raise MissError("unidirectional over a cache joined outside counts positions from 0, not from the past")
+    if inside:
+        query, key, value = (Operand(name, LAYOUT) for name in _biased(decoder, prologue, node))
+        lies = Operand("", "BHSD"), Operand("", "BHSD")
+    else:
+        query = Operand(node.inputs[QUERY], LAYOUT)
+        key, value = lies = cache_operand(keys, node, tokens_last=False), cache_operand(values, node, tokens_last=False)
+    (kv_heads, k_head_size), (v_heads, v_head_size) = (
+        cache_sizes(decoder, view, operand) for view, operand in zip((keys, values), lies, strict=True)
+    )
+    heads = int(node.attr("num_heads"))
+    if kv_heads != v_heads or heads % kv_heads:
+        raise MissError(f"{heads} query heads, {kv_heads} key heads, {v_heads} value heads; expected multiples")
+    mask: tuple[MaskTerm, ...] = ()
+    if node.input(PADDING):
+        mask += (padding_mask(decoder, prologue, node, node.inputs[PADDING], batch_of=node.inputs[QUERY]),)
+    if node.input(BIAS):
+        mask += (Added(node.inputs[BIAS], 4),)
+    return Site(
+        layer=-1,
+        family=FAMILY,
+        node=node.name,
+        query=query,
+        key=key,
+        value=value,
+        output=Operand(node.outputs[0], LAYOUT),
+        cache_inputs=(keys.cache.input, values.cache.input),
+        cache_outputs=(keys.cache.output, values.cache.output),
+        covered=keys.covered | values.covered | {node.index},
+        q_heads=heads,
+        kv_heads=kv_heads,
+        k_head_size=k_head_size,
+        v_head_size=v_head_size,
+        element=element_name(decoder.graph.inputs[keys.cache.input]),
+        scale=attention_scale(node, k_head_size),
+        mask=mask,
+        is_causal=causal,
+        prologue=prologue.parts,
+    )
+
+
+def _biased(decoder: Decoder, prologue: Prologue, node: Node) -> tuple[str, ...]:
+    """Query, key and value, (B, S, heads * D), with their parts of the projection's bias."""
+    names = node.inputs[:3]
+    if not all(names) or decoder.shapes.rank(names[0]) != 3:
+        raise MissError(f"{node.op}: packed operands; expected query, key and value of 3 axes")
+    if not node.input(INPUT_BIAS):
+        return names
+    widths = [(decoder.shapes.shape(name) or (None,))[-1] for name in names]
+    sizes = [width for width in widths if isinstance(width, int)]
+    if len(sizes) != len(names):
+        raise MissError(f"{node.op}: a bias whose parts are not known, for the widths of query, key and value are not")
+    parts = prologue.split(node.inputs[INPUT_BIAS], 0, *sizes)
+    return tuple(prologue.node("Add", name, part) for name, part in zip(names, parts, strict=True))
+
+
+def _view(decoder: Decoder, tensor: str) -> CacheView | None:
+    view = cache_view(decoder, tensor) if tensor else None
+    return view if view is not None and len(view.axes) == 4 else None

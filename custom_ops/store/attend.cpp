@@ -18,6 +18,17 @@ void set_mask(Attention& attention, const Tensor& mask) {
     }
 }
 
+// Waking a sleeping thread costs about as much as this many multiplications.
+constexpr int64_t LEAST_WORK_PER_THREAD = 1 << 19;
+
+// Threads that are worth their waking for this call.
+int threads_for(const Attention& attention, const Dims& dims, int available) {
+    const int64_t keys = attention.window > 0 ? std::min(dims[P] + dims[N], attention.window + dims[S])
+                                              : dims[P] + dims[N];
+    const int64_t work = dims[B] * dims[HQ] * dims[S] * keys * (dims[DK] + dims[DV]);
+    return static_cast<int>(std::clamp<int64_t>(work / LEAST_WORK_PER_THREAD, 1, available));
+}
+
 int64_t whole_lines(int64_t bytes) { return (bytes + LINE_BYTES - 1) / LINE_BYTES * LINE_BYTES; }
 
 }  // namespace
@@ -56,8 +67,9 @@ void run_attention(const SdpaAttributes& attributes, const Layout& layout, const
     attention.causal = attributes.is_causal != 0;
     attention.nan_to_zero = attributes.nan_to_zero != 0;
 
-    const Plan plan = plan_attention(attention, scheduler.threads());
-    const int64_t workers = std::min<int64_t>(plan.tasks, scheduler.threads());
+    const int threads = threads_for(attention, dims, scheduler.threads());
+    const Plan plan = plan_attention(attention, threads);
+    const int64_t workers = std::min<int64_t>(plan.tasks, threads);
     const int64_t scratch = whole_lines(plan.scratch_bytes), workspace = whole_lines(plan.workspace_bytes);
     thread_local AlignedBuffer buffer;  // of the caller, kept: every step needs the same again
     buffer.reserve(workspace + workers * scratch);

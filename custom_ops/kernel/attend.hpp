@@ -53,7 +53,7 @@ struct Memory {
     float* peak(int64_t r) const { return base + layout.peak + r; }
     float* panel() const { return base + layout.panel; }
     Folded folded(int64_t depth) const {
-        return {reinterpret_cast<int32_t*>(base + layout.weights), depth / 2, {}, {}};
+        return {reinterpret_cast<int32_t*>(base + layout.weights), depth, {}, {}};
     }
 };
 

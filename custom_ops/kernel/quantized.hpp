@@ -12,10 +12,10 @@ constexpr int LINE_VECTORS = TILE_LANES / W;               // vectors of one lin
 constexpr float LEAST_WEIGHT = 1e-30f;                     // products all below it count as zero
 constexpr int QUANT_TILES = W == 16 ? 2 : 1;               // tiles whose sums fit in the registers
 
-// Rows as integer weights, [MAX_ROWS][stride] in scratch.
+// Rows as integer weights, [MAX_ROWS / 2][pair_stride] in scratch: rows in pairs, see store_weights.
 struct Folded {
     int32_t* weights;
-    int64_t stride;
+    int64_t pair_stride;
     float step[MAX_ROWS];
     float base[MAX_ROWS];
 };
@@ -36,7 +36,7 @@ static inline void fold_rows(Folded& folded, const float* x, int64_t x_stride, c
         for (int r = 0; r < ROWS; ++r) {
             const F value = load(x + r * x_stride + i);
             bases[r] = fma(value, lows, bases[r]);
-            peaks[r] = max(abs(mul(value, scales)), peaks[r]);
+            peaks[r] = max_size(mul(value, scales), peaks[r]);
         }
     }
     float peak[MAX_ROWS], inverse[MAX_ROWS];
@@ -48,9 +48,14 @@ static inline void fold_rows(Folded& folded, const float* x, int64_t x_stride, c
     }
     for (int i = 0; i < depth; i += W) {
         const F scales = load_half(scale + i);
-#pragma GCC unroll 4
-        for (int r = 0; r < ROWS; ++r)
-            store_weights(folded.weights + r * folded.stride + i / 2, mul(load(x + r * x_stride + i), scales), inverse[r]);
+#pragma GCC unroll 2
+        for (int r = 0; r < ROWS; r += 2) {
+            const bool paired = r + 1 < ROWS;
+            const F first = mul(load(x + r * x_stride + i), scales);
+            const F second = paired ? mul(load(x + (r + 1) * x_stride + i), scales) : set1(0);
+            store_weights(folded.weights + r / 2 * folded.pair_stride + i, first, inverse[r], second,
+                          paired ? inverse[r + 1] : 0);
+        }
     }
 }
 
@@ -73,7 +78,7 @@ static inline void dot_tiles(const unsigned char* codes, const unsigned char* ah
 #pragma GCC unroll 2
         for (int t = 0; t < TILES; ++t) prefetch(ahead + t * LINE_BYTES);
 #pragma GCC unroll 4
-        for (int part = 0; part < PARTS; ++part, weights += 2) {
+        for (int part = 0; part < PARTS; ++part, weights += 4) {
             Codes prepared[VECTORS];
 #pragma GCC unroll 8
             for (int v = 0; v < VECTORS; ++v)
@@ -81,7 +86,7 @@ static inline void dot_tiles(const unsigned char* codes, const unsigned char* ah
 #pragma GCC unroll 4
             for (int r = 0; r < ROWS; ++r)
 #pragma GCC unroll 8
-                for (int v = 0; v < VECTORS; ++v) dot(sums[r][v], prepared[v], weights + r * folded.stride);
+                for (int v = 0; v < VECTORS; ++v) dot(sums[r][v], prepared[v], weights + r / 2 * folded.pair_stride + r % 2 * 2);
         }
     }
 #pragma GCC unroll 4

@@ -3,13 +3,15 @@
 // Each simd_*.hpp gives: W floats per vector, F (floats), I (int32), M (mask), the arithmetic named after it, and
 //   fma(a, b, c)           a * b + c
 //   max(a, b)              b where either is NaN
+//   max_size(a, b)         the larger of |a| and |b|
 //   select(m, a, b)        a where m
 //   scale_by_power(a, n)   a * 2^n for integral -126 <= n <= 127
 //   load_half(p)           W float16
 //   low_codes<BITS>(c, s)  the BITS bits at bit s of every byte
 // and the integer dot product. A line of codes is 64 bytes = 16 lanes of one quad (4 depths) each; a vector of codes
-// holds W of the lanes. `store_weights` rounds W weights x * factor, at most MAX_WEIGHT in size, and stores them as W / 4
-// quads of two int32 each, which `dot` multiplies with a quad of every lane. Sums are exact while they fit in int32.
+// holds W of the lanes. `store_weights` rounds W weights of each of two rows, x * factor of at most MAX_WEIGHT in size, and
+// stores them quad by quad, two int32 for each row, which `dot` multiplies with a quad of every lane. Sums are exact
+// while they fit in int32.
 #pragma once
 
 #if defined(__AVX512F__)

@@ -23,6 +23,7 @@ static inline F div(F a, F b) { return _mm256_div_ps(a, b); }
 static inline F fma(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
 static inline F max(F a, F b) { return _mm256_max_ps(a, b); }
 static inline F abs(F a) { return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), a); }
+static inline F max_size(F a, F b) { return max(abs(a), b); }
 static inline float reduce_add(F a) {
     const __m128 half = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
     const __m128 pair = _mm_add_ps(half, _mm_movehl_ps(half, half));
@@ -75,11 +76,10 @@ static inline void dot(Sum& sum, Codes codes, const int32_t* weights) {
     sum.total = _mm256_add_epi32(sum.total, _mm256_add_epi32(even, odd));
 }
 static inline F sum_to_float(Sum sum) { return to_float(sum.total); }
-static inline void store_weights(int32_t* to, F x, float factor) {
-    const I weights = to_int(mul(x, set1(factor)));
-    const I order = _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 1, 8, 9, 4, 5, 12, 13, -1, -1, -1, -1, -1, -1, -1, -1));
-    const I packed = _mm256_permute4x64_epi64(_mm256_shuffle_epi8(weights, order), 0x88);
-    _mm_storeu_si128((__m128i*)to, _mm256_castsi256_si128(packed));
+static inline void store_weights(int32_t* to, F x, float x_factor, F y, float y_factor) {
+    const I words = _mm256_packs_epi32(to_int(mul(x, set1(x_factor))), to_int(mul(y, set1(y_factor))));
+    const __m128i order = _mm_setr_epi8(0, 1, 4, 5, 2, 3, 6, 7, 8, 9, 12, 13, 10, 11, 14, 15);
+    _mm256_storeu_si256((__m256i*)to, _mm256_shuffle_epi8(words, _mm256_broadcastsi128_si256(order)));
 }
 
 }  // namespace onnx_kivi::KIVI_ISA

@@ -31,6 +31,7 @@ static inline F mul(F a, F b) { return _mm512_mul_ps(a, b); }
 static inline F div(F a, F b) { return _mm512_div_ps(a, b); }
 static inline F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
 static inline F max(F a, F b) { return _mm512_max_ps(a, b); }
+static inline F max_size(F a, F b) { return _mm512_range_ps(a, b, 0b1011); }
 static inline F abs(F a) { return _mm512_abs_ps(a); }
 static inline float reduce_add(F a) { return _mm512_reduce_add_ps(a); }
 static inline float reduce_max(F a) { return _mm512_reduce_max_ps(a); }
@@ -88,12 +89,13 @@ static inline void dot(Sum& sum, Codes codes, const int32_t* weights) {
 static inline F sum_to_float(Sum sum) {
     return to_float(_mm512_add_epi32(_mm512_slli_epi32(sum.high, 8), sum.low));
 }
-static inline void store_weights(int32_t* to, F x, float factor) {
-    const I carried = _mm512_castps_si512(fma(x, set1(factor), set1(0x1.8p23f + 128)));
-    const I order = _mm512_broadcast_i32x4(_mm_setr_epi8(1, 5, 9, 13, 0, 4, 8, 12, -1, -1, -1, -1, -1, -1, -1, -1));
-    const I bytes = _mm512_xor_si512(_mm512_shuffle_epi8(carried, order), _mm512_set1_epi64(int64_t(0x8080808000000000)));
-    const I packed = _mm512_permutexvar_epi64(_mm512_setr_epi64(0, 2, 4, 6, 0, 2, 4, 6), bytes);
-    _mm256_storeu_si256((__m256i*)to, _mm512_castsi512_si256(packed));
+static inline void store_weights(int32_t* to, F x, float x_factor, F y, float y_factor) {
+    const F integer = set1(0x1.8p23f + 128);  // its bits end in the integer, plus 128 to carry into the high byte
+    const I x_bytes = _mm512_castps_si512(fma(x, set1(x_factor), integer));
+    const I y_bytes = _mm512_castps_si512(fma(y, set1(y_factor), integer));
+    const I order = _mm512_broadcast_i32x4(_mm_setr_epi8(1, 5, 9, 13, 0, 4, 8, 12, 1, 5, 9, 13, 0, 4, 8, 12));
+    const I both = _mm512_mask_shuffle_epi8(_mm512_shuffle_epi8(x_bytes, order), 0xff00ff00ff00ff00, y_bytes, order);
+    _mm512_storeu_si512(to, _mm512_xor_si512(both, _mm512_set1_epi64(int64_t(0x8080808000000000))));
 }
 #else
 // A weight is an int16; a quad's even depths come first, then its odd ones.
@@ -114,11 +116,10 @@ static inline void dot(Sum& sum, Codes codes, const int32_t* weights) {
     sum.total = _mm512_add_epi32(sum.total, _mm512_add_epi32(even, odd));
 }
 static inline F sum_to_float(Sum sum) { return to_float(sum.total); }
-static inline void store_weights(int32_t* to, F x, float factor) {
-    const I weights = to_int(mul(x, set1(factor)));
-    const I order = _mm512_broadcast_i32x4(_mm_setr_epi8(0, 1, 8, 9, 4, 5, 12, 13, -1, -1, -1, -1, -1, -1, -1, -1));
-    const I packed = _mm512_permutexvar_epi64(_mm512_setr_epi64(0, 2, 4, 6, 0, 2, 4, 6), _mm512_shuffle_epi8(weights, order));
-    _mm256_storeu_si256((__m256i*)to, _mm512_castsi512_si256(packed));
+static inline void store_weights(int32_t* to, F x, float x_factor, F y, float y_factor) {
+    const I words = _mm512_packs_epi32(to_int(mul(x, set1(x_factor))), to_int(mul(y, set1(y_factor))));
+    const I order = _mm512_broadcast_i32x4(_mm_setr_epi8(0, 1, 4, 5, 2, 3, 6, 7, 8, 9, 12, 13, 10, 11, 14, 15));
+    _mm512_storeu_si512(to, _mm512_shuffle_epi8(words, order));
 }
 #endif
 

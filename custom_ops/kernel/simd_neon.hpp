@@ -25,6 +25,7 @@ static inline M greater(F a, F b) { return vcgtq_f32(a, b); }
 static inline F select(M m, F a, F b) { return vbslq_f32(m, a, b); }
 static inline F max(F a, F b) { return select(greater(a, b), a, b); }
 static inline F abs(F a) { return vabsq_f32(a); }
+static inline F max_size(F a, F b) { return vmaxq_f32(vabsq_f32(a), b); }
 static inline float reduce_add(F a) { return vaddvq_f32(a); }
 static inline float reduce_max(F a) { return vmaxvq_f32(a); }
 static inline void reduce_add(const F v[4], float out[4]) {
@@ -71,13 +72,15 @@ static inline void dot(Sum& sum, Codes codes, const int32_t* weights) {
     sum.low = vdotq_s32(vdotq_s32(vdotq_s32(sum.low, codes.bytes, low), half, low), half, low);
 }
 static inline F sum_to_float(Sum sum) { return to_float(vaddq_s32(vshlq_n_s32(sum.high, 8), sum.low)); }
-static inline void store_weights(int32_t* to, F x, float factor) {
-    const I weights = to_int(mul(x, set1(factor)));
-    const I carried = vaddq_s32(weights, vdupq_n_s32(128));
-    const int8x8_t high = vmovn_s16(vcombine_s16(vmovn_s32(vshrq_n_s32(carried, 8)), vdup_n_s16(0)));
-    const int8x8_t low = vmovn_s16(vcombine_s16(vmovn_s32(weights), vdup_n_s16(0)));
-    to[0] = vget_lane_s32(vreinterpret_s32_s8(high), 0);
-    to[1] = vget_lane_s32(vreinterpret_s32_s8(low), 0);
+static inline void store_weights(int32_t* to, F x, float x_factor, F y, float y_factor) {
+    const I half = vdupq_n_s32(128);
+    const I x_weights = to_int(mul(x, set1(x_factor))), y_weights = to_int(mul(y, set1(y_factor)));
+    const int16x8_t high = vcombine_s16(vmovn_s32(vshrq_n_s32(vaddq_s32(x_weights, half), 8)),
+                                        vmovn_s32(vshrq_n_s32(vaddq_s32(y_weights, half), 8)));
+    const int16x8_t low = vcombine_s16(vmovn_s32(x_weights), vmovn_s32(y_weights));
+    const int32x2x2_t rows = vzip_s32(vreinterpret_s32_s8(vmovn_s16(high)), vreinterpret_s32_s8(vmovn_s16(low)));
+    vst1_s32(to, rows.val[0]);
+    vst1_s32(to + 2, rows.val[1]);
 }
 
 }  // namespace onnx_kivi::KIVI_ISA

@@ -23,6 +23,7 @@ static inline F div(F a, F b) { return _mm_div_ps(a, b); }
 static inline F fma(F a, F b, F c) { return _mm_add_ps(_mm_mul_ps(a, b), c); }
 static inline F max(F a, F b) { return _mm_max_ps(a, b); }
 static inline F abs(F a) { return _mm_andnot_ps(_mm_set1_ps(-0.0f), a); }
+static inline F max_size(F a, F b) { return max(abs(a), b); }
 static inline float reduce_add(F a) {
     const F pair = _mm_add_ps(a, _mm_movehl_ps(a, a));
     return _mm_cvtss_f32(_mm_add_ss(pair, _mm_shuffle_ps(pair, pair, 1)));
@@ -77,9 +78,10 @@ static inline void dot(Sum& sum, Codes codes, const int32_t* weights) {
     sum.total = _mm_add_epi32(sum.total, _mm_add_epi32(even, odd));
 }
 static inline F sum_to_float(Sum sum) { return to_float(sum.total); }
-static inline void store_weights(int32_t* to, F x, float factor) {
-    const I even_odd = _mm_shuffle_epi32(to_int(mul(x, set1(factor))), _MM_SHUFFLE(3, 1, 2, 0));
-    _mm_storel_epi64((__m128i*)to, _mm_packs_epi32(even_odd, even_odd));
+static inline void store_weights(int32_t* to, F x, float x_factor, F y, float y_factor) {
+    const I x_weights = _mm_shuffle_epi32(to_int(mul(x, set1(x_factor))), _MM_SHUFFLE(3, 1, 2, 0));
+    const I y_weights = _mm_shuffle_epi32(to_int(mul(y, set1(y_factor))), _MM_SHUFFLE(3, 1, 2, 0));
+    _mm_storeu_si128((__m128i*)to, _mm_packs_epi32(x_weights, y_weights));
 }
 
 }  // namespace onnx_kivi::KIVI_ISA

@@ -90,7 +90,7 @@ def decoder(
 def feeds(rng: np.random.Generator, past: int, count: int, model: onnx.ModelProto) -> dict[str, Any]:
     """Random new tokens and a causal mask (float with -3e38, or bool) for whatever inputs the model has.
 
-    Inputs named seqlens_k, total_length and attention_mask say that nothing is padding.
+    Inputs named seqlens_k, total_length, attention_mask, held and written say that nothing is padding.
     """
     total = past + count
     sizes = {"B": BATCH, "S": count, "T": total, "P": past}
@@ -98,6 +98,8 @@ def feeds(rng: np.random.Generator, past: int, count: int, model: onnx.ModelProt
         "seqlens_k": np.full(BATCH, total - 1, np.int32),
         "total_length": np.array(total, np.int32),
         "attention_mask": np.ones((BATCH, total), np.int64),
+        "held": np.full(BATCH, total),
+        "written": np.full(BATCH, past),
     }
     out: dict[str, Any] = {}
     seen = np.arange(past + count) <= past + np.arange(count)[:, None]

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from typing import Protocol
 
 from ..graph import Node
-from . import decomposed, gqa, mha, ms_attention, onnx_attention
+from . import decomposed, gqa, mha, ms_attention, onnx_attention, refused, tensor_scatter
 from .decoder import Cache, Decoder, Port, read_decoder
 from .site import Added, Filled, MaskTerm, Miss, NewConstant, NewNode, Operand, Site
 
@@ -37,7 +37,7 @@ class Family(Protocol):
         """The site at `node`; see the module's docstring."""
 
 
-FAMILIES: tuple[Family, ...] = (decomposed, onnx_attention, gqa, mha, ms_attention)
+FAMILIES: tuple[Family, ...] = (decomposed, onnx_attention, gqa, mha, ms_attention, tensor_scatter, refused)
 
 __all__ = [
     "FAMILIES",

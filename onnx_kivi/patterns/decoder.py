@@ -18,11 +18,21 @@ PASSES_ON = ("Identity", "Cast")
 
 @dataclass(frozen=True, slots=True)
 class Port:
-    """An operator that joins past and new itself: index of the past input, of the present output, the tokens' axis."""
+    """An operator that joins past and new itself: index of the past input, of the present output, the tokens' axis.
+
+    new: index of the input that is just the new tokens, if one is. fixed: whether the past is a buffer that has its
+    full size from the start; or the name of the attribute that says so.
+    """
 
     past: int
     present: int
     axis: int
+    new: int | None = None
+    fixed: bool | str = False
+
+    def is_fixed(self, node: Node) -> bool:
+        """Whether this node's past is a buffer of fixed size."""
+        return bool(node.attr(self.fixed, 0)) if isinstance(self.fixed, str) else self.fixed
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +40,7 @@ class Cache:
     """One cache tensor: `joined` holds past and new along `axis`; `new` is "" if the joining node has it inside.
 
     output: the graph output that returns it, "" if none does. nodes: indices of the nodes from `input` to `joined`
-    and on to `output`. dim_input: rank of the input.
+    and on to `output`. rank: of the input. fixed: it is a buffer, whose axis is not the past length.
     """
 
     input: str
@@ -40,6 +50,7 @@ class Cache:
     axis: int
     rank: int
     nodes: frozenset[int]
+    fixed: bool = False
 
 
 @dataclass(frozen=True)
@@ -81,7 +92,7 @@ def read_decoder(graph: Graph, ports: Mapping[str, tuple[Port, ...]]) -> Decoder
         sizes = graph.inputs[cache.input].type.tensor_type.shape.dim
         past[cache.input] = tuple(
             symbol(PAST_LENGTH)
-            if i == cache.axis
+            if i == cache.axis and not cache.fixed
             else d.dim_value
             if d.HasField("dim_value")
             else symbol(d.dim_param or f"{cache.input}[{i}]")
@@ -120,8 +131,10 @@ def _join(graph: Graph, name: str, rank: int, ports: Mapping[str, tuple[Port, ..
         for port in ports.get(node.op, ()):
             joined = node.outputs[port.present] if len(node.outputs) > port.present else ""
             if node.input(port.past) == tensor and joined:
+                new = "" if port.new is None else node.input(port.new)
                 output, more = _returned(graph, joined)
-                return Cache(name, output, joined, "", port.axis, rank, frozenset((*nodes[:-1], *more)))
+                path = frozenset((*(nodes if new else nodes[:-1]), *more))
+                return Cache(name, output, joined, new, port.axis, rank, path, port.is_fixed(node))
         return None
 
 

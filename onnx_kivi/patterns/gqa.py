@@ -8,7 +8,6 @@ Source: ContribOperators.md; the CPU kernel (positions, order of softcap, bias a
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 
 from ..graph import Node, element_name
@@ -20,7 +19,9 @@ from .site import Added, MaskTerm, Miss, MissError, Operand, Site
 
 FAMILY = "gqa"
 ANCHORS = ("com.microsoft.GroupQueryAttention",)
-PORTS: Mapping[str, tuple[Port, ...]] = {ANCHORS[0]: (Port(3, 1, 2), Port(4, 2, 2))}
+PORTS: Mapping[str, tuple[Port, ...]] = {
+    ANCHORS[0]: (Port(3, 1, 2, fixed="sliding_window_cache"), Port(4, 2, 2, fixed="sliding_window_cache"))
+}
 
 QUERY, KEY, VALUE, PAST_KEY, PAST_VALUE, SEQLENS, TOTAL, COS, SIN, POSITIONS, BIAS, SINK = range(12)
 REFUSED_INPUTS = {
@@ -31,6 +32,8 @@ REFUSED_INPUTS = {
     16: "the lengths of a padded chunk",
 }
 KEEPS_NUMBERS = ("Cast", "Identity", "Reshape", "Squeeze", "Unsqueeze", "Flatten")
+PADDING_MOVED = "padding_must_stay_where_it_was_fed"
+PADDED_ROWS = "rows_must_be_of_one_length"
 LOWEST = -3.4028234663852886e38
 
 
@@ -151,7 +154,7 @@ def _lengths(prologue: Prologue, node: Node) -> str:
 
 
 def _padding(decoder: Decoder, prologue: Prologue, node: Node, window: int) -> str:
-    """What hides padding, (B, 1, 1, T) or (B, 1, 1, 1); NaN in rows that this cache can't follow.
+    """What hides padding, (B, 1, 1, T) or (1, 1, 1, 1); a run that this cache can't follow stops there.
 
     A first prompt needs nothing: its padding comes last, where no token sees it. Later, padding that the mask shows
     lies where it was fed, unless the newest token is among it: then the caller moves it to the end at each step.
@@ -161,12 +164,12 @@ def _padding(decoder: Decoder, prologue: Prologue, node: Node, window: int) -> s
         kept = prologue.bool(prologue.node("Gather", mask_BT, prologue.constant(-1), axis=1))
     else:
         kept = prologue.node("Equal", _lengths(prologue, node), prologue.total_tokens(node.inputs[QUERY]))
-    is_later = prologue.node("Greater", PAST_LENGTH, prologue.constant(0))
-    lost = prologue.node("And", prologue.node("Not", kept), is_later)
-    shown = prologue.node("Where", lost, prologue.scalar(math.nan), prologue.scalar(0.0))
-    if mask_BT:
-        shown = prologue.node("Where", prologue.bool(mask_BT), shown, prologue.scalar(LOWEST))
-    return prologue.unsqueeze(shown, 1, 2)
+    is_prompt = prologue.node("Equal", PAST_LENGTH, prologue.constant(0))
+    shown = prologue.require(prologue.node("Or", kept, is_prompt), PADDING_MOVED if mask_BT else PADDED_ROWS)
+    if not mask_BT:
+        return prologue.unsqueeze(shown, 1, 2, 3)
+    shown_BT = prologue.node("Where", prologue.bool(mask_BT), shown, prologue.scalar(LOWEST))
+    return prologue.unsqueeze(shown_BT, 1, 2)
 
 
 def summed_mask(decoder: Decoder, lengths: str) -> str:

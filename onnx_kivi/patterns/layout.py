@@ -60,6 +60,10 @@ def cache_view(decoder: Decoder, tensor: str) -> CacheView | None:
         path.append((node, source))
         tensor = source
     cache = decoder.caches[tensor]
+    if cache.fixed:
+        raise MissError(
+            f"cache {cache.input!r} is a buffer of fixed size; expected attention that is told how much it holds"
+        )
     shape = decoder.shapes.shape(tensor) or decoder.shapes.shape(cache.input)
     if shape is None or len(shape) != 4:
         raise MissError(f"cache {cache.input!r}: expected 4 axes, got {'unknown' if shape is None else len(shape)}")

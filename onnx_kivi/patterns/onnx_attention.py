@@ -32,6 +32,8 @@ def match(decoder: Decoder, node: Node) -> Site | Miss | None:
 
 def _match(decoder: Decoder, node: Node) -> Site | None:
     inside = bool(node.input(4))
+    if node.inputs[1] in decoder.caches and decoder.caches[node.inputs[1]].fixed:
+        return None
     keys, values = (_view(decoder, node, name) for name in (node.outputs[1:3] if inside else node.inputs[1:3]))
     if keys is None:
         return None
@@ -43,7 +45,7 @@ def _match(decoder: Decoder, node: Node) -> Site | None:
         raise MissError("the scores are an output of the node; expected only the attention result")
     if values.scale != 1.0:
         raise MissError(f"values multiplied by {values.scale}; expected as they are in the cache")
-    layout, q_heads = _query_layout(decoder, node)
+    layout, q_heads = query_layout(decoder, node)
     if inside:
         key, value = (Operand(name, layout) for name in node.inputs[1:3])
     else:
@@ -73,8 +75,8 @@ def _match(decoder: Decoder, node: Node) -> Site | None:
         k_head_size=k_head_size,
         v_head_size=v_head_size,
         element=element_name(decoder.graph.inputs[keys.cache.input]),
-        scale=_scale(node, k_head_size) * keys.scale,
-        mask=_mask(decoder, node),
+        scale=attention_scale(node, k_head_size) * keys.scale,
+        mask=attention_mask(decoder, node),
         softcap=float(node.attr("softcap", 0.0)),
         is_causal=causal,
         window=window,
@@ -89,7 +91,8 @@ def _view(decoder: Decoder, node: Node, tensor: str) -> CacheView | None:
     return view
 
 
-def _query_layout(decoder: Decoder, node: Node) -> tuple[str, int]:
+def query_layout(decoder: Decoder, node: Node) -> tuple[str, int]:
+    """How the query lies, and its heads."""
     shape = decoder.shapes.shape(node.inputs[0])
     if shape is not None and len(shape) == 3 and node.attr("q_num_heads"):
         return "BS(HD)", int(node.attr("q_num_heads"))
@@ -108,14 +111,16 @@ def _causality(node: Node, inside: bool) -> tuple[bool, int]:
     return causal, left + 1
 
 
-def _scale(node: Node, head_size: int | None) -> float:
+def attention_scale(node: Node, head_size: int | None) -> float:
+    """The attribute, or 1 / sqrt(head size)."""
     scale = node.attr("scale")
     if scale is None and head_size is None:
         raise MissError("no scale attribute, and the head size it follows from is not known")
     return float(scale) if scale is not None else 1 / math.sqrt(float(head_size or 1))
 
 
-def _mask(decoder: Decoder, node: Node) -> tuple[MaskTerm, ...]:
+def attention_mask(decoder: Decoder, node: Node) -> tuple[MaskTerm, ...]:
+    """The node's mask, if it has one, as a term."""
     mask = node.input(MASK)
     if not mask:
         return ()

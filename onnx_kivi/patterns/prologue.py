@@ -30,10 +30,12 @@ class Prologue:
         """What was written, in order."""
         return tuple(self._found)
 
-    def nodes(self, op: str, *inputs: str, outputs: int, domain: str = "", **attributes: Any) -> tuple[str, ...]:
-        """A node with several outputs."""
+    def nodes(
+        self, op: str, *inputs: str, outputs: int, domain: str = "", stem: str = "", **attributes: Any
+    ) -> tuple[str, ...]:
+        """A node with several outputs, whose names begin with `stem`."""
         given = tuple(sorted(attributes.items()))
-        stem = _name(op, (domain, inputs, given))
+        stem = _name(stem or op, (domain, inputs, given))
         names = tuple(f"{stem}.{i}" if outputs > 1 else stem for i in range(outputs))
         self._found[NewNode(op, inputs, names, given, domain)] = None
         return names
@@ -83,6 +85,16 @@ class Prologue:
         if self._axes_are_inputs:
             return self.nodes("Split", tensor, self.constant(*sizes), outputs=len(sizes), axis=axis)
         return self.nodes("Split", tensor, outputs=len(sizes), axis=axis, split=sizes)
+
+    def require(self, holds: str, demand: str) -> str:
+        """0.0, shape (1), if every element of `holds` is true; if not, the run fails in a node named after `demand`.
+
+        ONNX has no assertion, but onnxruntime refuses to gather beyond the end.
+        """
+        broken = self.node("ReduceMax", self.int64(self.node("Not", holds)), keepdims=0)
+        index = self.node("Reshape", broken, self.constant(1))
+        (zero,) = self.nodes("Gather", self.constant(0.0), index, outputs=1, stem=demand)
+        return zero
 
     def heads_first(self, tensor_BSE: str, heads: int) -> str:
         """(B, S, heads * D) as (B, heads, S, D)."""

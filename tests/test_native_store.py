@@ -10,12 +10,12 @@ import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
-from stepping import NOTHING, assert_same, model, sdpa, tokens
 
 from onnx_kivi import spec
 from onnx_kivi.errors import CacheError
 from onnx_kivi.runtime.backend import Backend
 from onnx_kivi.runtime.select import get_backend
+from stepping import NOTHING, assert_same, model, sdpa, tokens
 
 _native = pytest.importorskip("onnx_kivi._native", reason="nothing is compiled here", exc_type=ImportError)
 
@@ -104,10 +104,9 @@ class BothStores(RuleBasedStateMachine):
                 k, v = (key[:, :, :0], value[:, :, :0]) if cross_filled else (key, value)
                 if fault == "heads" and i == done - 1:
                     k = k[:, :1]
-                if fault == "twice" and i == 1:
-                    node = self.nodes[0]
+                served = self.nodes[0] if fault == "twice" and i == 1 else node
                 mask = np.zeros((1, 1, 1, 10**4), np.float32) if fault == "mask" and i == 1 else NOTHING
-                outputs.append(backend.attend(ticket, node, other, k, v, mask, NOTHING))
+                outputs.append(backend.attend(ticket, served, other, k, v, mask, NOTHING))
             return outputs
 
         results = self.both(pair, call)

@@ -83,7 +83,8 @@ ArenaMemory::~ArenaMemory() {
     std::vector<Slab*>& open = arena().open[slab_->piece_bytes];
     if (slab_->free.empty()) open.push_back(slab_);
     slab_->free.push_back(data_);
-    if (static_cast<int64_t>(slab_->free.size()) < slab_->count) return;
+    // One empty slab of a size is kept: a cache that is emptied and filled again would map and clear it each time.
+    if (static_cast<int64_t>(slab_->free.size()) < slab_->count || open.size() == 1) return;
     open.erase(std::find(open.begin(), open.end(), slab_));
     delete slab_;
 }

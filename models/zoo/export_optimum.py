@@ -15,6 +15,7 @@ import onnxruntime as ort
 from architectures import ARCHITECTURES, ENCODER_DECODERS, build
 from finish import finish, selected
 from onnxruntime.transformers import float16, optimizer
+from onnxruntime.transformers.fusion_options import FusionOptions
 from optimum.exporters.onnx import main_export
 
 HERE = Path(__file__).parent
@@ -60,7 +61,11 @@ def optimize(style: str, name: str, folder: Path) -> None:
         ort.InferenceSession(str(source), options, providers=["CPUExecutionProvider"])
     elif style == "ortopt-optimum":
         kind = OPTIMIZER_TYPES[name]
-        optimized = optimizer.optimize_model(str(source), model_type=kind, num_heads=4, hidden_size=32)
+        options = FusionOptions(kind)
+        options.use_multi_head_attention = True
+        optimized = optimizer.optimize_model(
+            str(source), model_type=kind, num_heads=4, hidden_size=32, optimization_options=options
+        )
         optimized.save_model_to_file(str(target))
     else:
         onnx.save(float16.convert_float_to_float16(onnx.load(source)), target)

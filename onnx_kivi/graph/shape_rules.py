@@ -10,6 +10,8 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import onnx
+
 from .dims import divide
 from .known import Known, Sizes, UnknownError, known_shape, slices
 from .view import Node
@@ -108,6 +110,14 @@ def _matmul_nbits(node: Node, inputs: Sequence[Known | None], _: Equations) -> l
     return [(*known_shape(inputs[0])[:-1], node.attr("N", 0))]
 
 
+def _gather_block_quantized(node: Node, inputs: Sequence[Known | None], _: Equations) -> list[Sizes]:
+    data = list(known_shape(inputs[0]))
+    if inputs[0] is not None and inputs[0].element == onnx.TensorProto.UINT8:
+        data[-1] = data[-1] * (8 // node.attr("bits", 4))
+    axis = node.attr("gather_axis", 0) % len(data)
+    return [(*data[:axis], *known_shape(inputs[1]), *data[axis + 1 :])]
+
+
 def _group_query_attention(node: Node, inputs: Sequence[Known | None], _: Equations) -> list[Sizes]:
     *rows, hidden = known_shape(inputs[0])
     heads, kv_heads = node.attr("num_heads"), node.attr("kv_num_heads")
@@ -133,6 +143,9 @@ def _packed_attention(node: Node, inputs: Sequence[Known | None], _: Equations) 
     return [(*known_shape(inputs[0])[:-1], hidden)]
 
 
+# The input that has the outputs' element type, where it is not the first.
+ELEMENT_SOURCES: Mapping[str, int] = {"com.microsoft.GatherBlockQuantized": 2}
+
 SHAPE_RULES: Mapping[str, Callable[[Node, Sequence[Known | None], Equations], Sequence[Sizes | None]]] = {
     "Reshape": _reshape,
     "Expand": _expand,
@@ -142,6 +155,7 @@ SHAPE_RULES: Mapping[str, Callable[[Node, Sequence[Known | None], Equations], Se
     "ConstantOfShape": _constant_of_shape,
     "com.microsoft.FusedMatMul": _fused_matmul,
     "com.microsoft.MatMulNBits": _matmul_nbits,
+    "com.microsoft.GatherBlockQuantized": _gather_block_quantized,
     "SimplifiedLayerNormalization": _as_first,
     "com.microsoft.SkipLayerNormalization": _skip_norm,
     "com.microsoft.SkipSimplifiedLayerNormalization": _skip_norm,

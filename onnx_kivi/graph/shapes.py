@@ -20,7 +20,7 @@ from onnx import shape_inference
 
 from .dims import Dim, TooComplexError, substitute, symbol
 from .known import Known, Sizes, UnknownError, Values
-from .shape_rules import SHAPE_RULES
+from .shape_rules import ELEMENT_SOURCES, SHAPE_RULES
 from .value_rules import MAX_VALUES, VALUE_RULES
 from .view import Graph, Node
 
@@ -218,8 +218,9 @@ class _Pass:
     def _node_inference(self, node: Node, inputs: Sequence[Known | None]) -> list[Known]:
         """Types and shapes by onnx's own inference; sizes it does not know are None."""
         unknown = [Known(0, None) for _ in node.outputs]
-        if node.op in SHAPE_RULES and inputs and inputs[0] is not None:
-            unknown = [Known(inputs[0].element, None) for _ in node.outputs]
+        typed = ELEMENT_SOURCES.get(node.op, 0)
+        if node.op in SHAPE_RULES and len(inputs) > typed and (source := inputs[typed]) is not None:
+            unknown = [Known(source.element, None) for _ in node.outputs]
         domain, _, op = node.op.rpartition(".")
         if domain or node.captured or not onnx.defs.has(op, self.graph.opset):
             return unknown

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <array>
+#include <atomic>
 #include <memory>
 
 #include "../store/store.hpp"
@@ -206,7 +207,18 @@ KnownShape known_shape(const OrtApi* api, const OrtShapeInferContext* context, s
     return shape;
 }
 
-void set_shape(const OrtApi* api, OrtShapeInferContext* context, std::size_t index, const KnownShape& shape) {
+// onnxruntime takes an unknown size without a symbol for a real size of -1: it gets a symbol that nothing else has.
+void name_unknown_sizes(KnownShape& shape) {
+    static std::atomic<int> names{0};
+    for (std::size_t i = 0; i < shape.sizes.size(); ++i) {
+        if (shape.sizes[i] < 0 && shape.symbols[i].empty()) {
+            shape.symbols[i] = "onnx_kivi_unknown_" + std::to_string(names++);
+        }
+    }
+}
+
+void set_shape(const OrtApi* api, OrtShapeInferContext* context, std::size_t index, KnownShape shape) {
+    name_unknown_sizes(shape);
     OrtTensorTypeAndShapeInfo* info = nullptr;
     check(call<CreateTensorTypeAndShapeInfo>(api, &info));
     std::vector<const char*> symbols;

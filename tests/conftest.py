@@ -10,6 +10,7 @@ import onnx
 import pytest
 
 import onnx_kivi as kivi
+import ort_headers
 from onnx_kivi.runtime.backend import Backend
 from onnx_kivi.runtime.select import get_backend
 from onnx_kivi_models.tiny import tiny_decoder
@@ -51,3 +52,12 @@ def rewritten(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[
 def rng() -> np.random.Generator:
     """A generator that starts from the same state in every test."""
     return np.random.default_rng(7)
+
+
+@pytest.fixture(scope="session")
+def onnxruntime_include(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of onnxruntime's official C and C++ headers; skips where they can't be had."""
+    try:
+        return ort_headers.include_directory(tmp_path_factory.mktemp("onnxruntime_headers"))
+    except ort_headers.HeadersUnavailableError as error:
+        pytest.skip(str(error))

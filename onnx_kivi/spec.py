@@ -74,7 +74,7 @@ def _attribute(meaning: str, default: Any = dataclasses.MISSING) -> Any:
 
 class _NodeAttributes:
     """Typed attributes of one op; floats travel as decimal strings, because a float attribute reaches a
-    Python op as text of 6 digits (design 5.10)."""
+    Python op of onnxruntime-extensions as text of 6 digits."""
 
     __slots__ = ()
 

@@ -139,21 +139,21 @@ static inline void tile_scores(const Task& task, const Tile& tile, const Memory&
 static inline void tile_softmax(const Task& task, const Tile& tile, const Memory& memory) {
     const Attention& a = task.attention;
     const int64_t padded = whole_tiles(tile.tokens);
-    for (int64_t r = 0; r < task.rows(); ++r) {
-        float* scores = memory.scores(r);
-        const int64_t i = task.q_token(r);
-        if (a.softcap > 0) cap_scores(scores, padded, a.softcap);
-        if (a.mask)
-            add_mask(scores, tile.tokens,
-                     a.mask + task.row * a.mask_stride[0] + task.q_head(r) * a.mask_stride[1] + i * a.mask_stride[2] +
-                         tile.first * a.mask_stride[3],
-                     a.mask_stride[3]);
-        const int64_t begin = task.visible_begin(i) - tile.first;
-        const int64_t end = task.visible_end(i) - tile.first;
-        hide(scores, 0, begin < tile.tokens ? begin : tile.tokens);
-        hide(scores, end < 0 ? 0 : end < tile.tokens ? end : tile.tokens, padded);
-        exponentials(scores, padded, {memory.peak(r), memory.total(r), memory.sums(r), memory.layout.lanes});
-    }
+    int64_t r = 0;
+    for (int64_t head = task.head * task.group; head < (task.head + 1) * task.group; ++head)
+        for (int64_t i = task.query; i < task.query + task.queries; ++i, ++r) {
+            float* scores = memory.scores(r);
+            if (a.softcap > 0) cap_scores(scores, padded, a.softcap);
+            if (a.mask)
+                add_mask(scores, tile.tokens,
+                         a.mask + task.row * a.mask_stride[0] + head * a.mask_stride[1] + i * a.mask_stride[2] +
+                             tile.first * a.mask_stride[3],
+                         a.mask_stride[3]);
+            const int64_t begin = task.visible_begin(i) - tile.first, end = task.visible_end(i) - tile.first;
+            hide(scores, 0, begin < tile.tokens ? begin : tile.tokens);
+            hide(scores, end < 0 ? 0 : end < tile.tokens ? end : tile.tokens, padded);
+            exponentials(scores, padded, {memory.peak(r), memory.total(r), memory.sums(r), memory.layout.lanes});
+        }
 }
 
 static inline void tile_values(const Task& task, const Tile& tile, const Memory& memory) {

@@ -53,16 +53,20 @@ static inline void make_codes(const float* values, const float* lo, const float*
     }
 }
 
-static inline void put_code(const Side& side, unsigned char* data, int group, int lane, int depth, int code) {
+// Codes whose bytes are `step` apart: up to 4 depths of one lane (step 1), or up to 16 lanes of one tile (step 4).
+static inline void put_codes(const Side& side, unsigned char* data, int group, int lane, int depth, int step,
+                             const unsigned char* codes, int count) {
     const CodePlace place = code_place(side, group, lane, depth);
-    data[place.byte] |= (unsigned char)(code << place.shift);
+    for (int i = 0; i < count; ++i) data[place.byte + i * step] |= (unsigned char)(codes[i] << place.shift);
 }
+
+static inline int at_most(int count, int most) { return count < most ? count : most; }
 
 // One head's keys: a group is a channel over all tokens of the block.
 static bool encode_keys(const Side& side, const float* tokens, int64_t stride, unsigned char* data) {
     const float levels = float((1 << side.bits) - 1);
     for (int first = 0; first < side.size; first += CHUNK) {
-        const int count = side.size - first < CHUNK ? side.size - first : CHUNK;
+        const int count = at_most(side.size - first, CHUNK);
         Range range;
         start_range(range, count);
         for (int token = 0; token < side.group_size; ++token) widen_range(range, tokens + token * stride + first, count);
@@ -78,7 +82,8 @@ static bool encode_keys(const Side& side, const float* tokens, int64_t stride, u
         for (int token = 0; token < side.group_size; ++token) {
             unsigned char codes[CHUNK];
             make_codes(tokens + token * stride + first, lo, scale, levels, count, codes);
-            for (int i = 0; i < count; ++i) put_code(side, data, 0, token, first + i, codes[i]);
+            for (int i = 0; i < count; i += 4)
+                put_codes(side, data, 0, token, first + i, 1, codes + i, at_most(count - i, 4));
         }
     }
     return true;
@@ -90,7 +95,7 @@ static bool encode_value_group(const Side& side, const float* values, int group,
     Range range;
     start_range(range, CHUNK);
     for (int first = 0; first < count; first += CHUNK)
-        widen_range(range, values + first, count - first < CHUNK ? count - first : CHUNK);
+        widen_range(range, values + first, at_most(count - first, CHUNK));
     if (range.not_finite) return false;
     float lowest = range.lowest[0], highest = range.highest[0];
     for (int i = 1; i < CHUNK; ++i) {
@@ -106,10 +111,11 @@ static bool encode_value_group(const Side& side, const float* values, int group,
         scale[i] = half_to_float(scale16);
     }
     for (int first = 0; first < count; first += CHUNK) {
-        const int part = count - first < CHUNK ? count - first : CHUNK;
+        const int part = at_most(count - first, CHUNK);
         unsigned char codes[CHUNK];
         make_codes(values + first, lo, scale, float((1 << side.bits) - 1), part, codes);
-        for (int i = 0; i < part; ++i) put_code(side, data, group, first + i, token, codes[i]);
+        for (int i = 0; i < part; i += TILE_LANES)
+            put_codes(side, data, group, first + i, token, 4, codes + i, at_most(part - i, TILE_LANES));
     }
     return true;
 }
@@ -118,7 +124,7 @@ static bool encode_values(const Side& side, const float* tokens, int64_t stride,
     for (int token = 0; token < side.depth; ++token)
         for (int group = 0; group < side.groups; ++group) {
             const int first = group * side.group_size;
-            const int count = side.size - first < side.group_size ? side.size - first : side.group_size;
+            const int count = at_most(side.size - first, side.group_size);
             if (!encode_value_group(side, tokens + token * stride + first, group, count, token, data)) return false;
         }
     return true;

@@ -18,6 +18,8 @@ struct Folded {
     int64_t pair_stride;
     float step[MAX_ROWS];
     float base[MAX_ROWS];
+
+    const int32_t* row(int r) const { return weights + r / 2 * pair_stride + r % 2 * 2; }
 };
 
 static inline float weight_limit(const Side& side) {
@@ -70,23 +72,22 @@ static inline void dot_tiles(const unsigned char* codes, const unsigned char* ah
     for (int r = 0; r < ROWS; ++r)
 #pragma GCC unroll 8
         for (int v = 0; v < VECTORS; ++v) sums[r][v] = zero_sum();
-    const int32_t* weights = folded.weights;
+    int64_t quad = 0;
     for (int line = 0; line < lines; ++line, codes += line_stride, ahead += line_stride) {
         I bytes[VECTORS];
 #pragma GCC unroll 8
-        for (int v = 0; v < VECTORS; ++v) bytes[v] = load_codes(codes + v * (4 * W));
+        for (int v = 0; v < VECTORS; ++v) bytes[v] = load_line(codes + v * (4 * W));
 #pragma GCC unroll 2
         for (int t = 0; t < TILES; ++t) prefetch(ahead + t * LINE_BYTES);
 #pragma GCC unroll 4
-        for (int part = 0; part < PARTS; ++part, weights += 4) {
+        for (int part = 0; part < PARTS; ++part, quad += 4) {
             Codes prepared[VECTORS];
 #pragma GCC unroll 8
-            for (int v = 0; v < VECTORS; ++v)
-                prepared[v] = prepare(BITS == 8 ? bytes[v] : low_codes<BITS>(bytes[v], part * BITS));
+            for (int v = 0; v < VECTORS; ++v) prepared[v] = prepare<BITS>(bytes[v], part);
 #pragma GCC unroll 4
             for (int r = 0; r < ROWS; ++r)
 #pragma GCC unroll 8
-                for (int v = 0; v < VECTORS; ++v) dot(sums[r][v], prepared[v], weights + r / 2 * folded.pair_stride + r % 2 * 2);
+                for (int v = 0; v < VECTORS; ++v) dot(sums[r][v], prepared[v], folded.row(r) + quad);
         }
     }
 #pragma GCC unroll 4
@@ -105,6 +106,8 @@ static void multiply_group(const Side& side, const unsigned char* data, const un
                            const float* x, int64_t x_stride, float* out, int64_t out_stride, Folded& folded) {
     fold_rows<ROWS>(folded, x, x_stride, params(side, data, group, 0), params(side, data, group, 1), side.depth_padded,
                     weight_limit(side));
+    for (int r = 0; r < ROWS; ++r)
+        add_code_bias<BITS>(folded.base[r], folded.step[r], folded.row(r), side.depth_padded);
     const int64_t at = group * group_code_bytes(side);
     const int lines = side.depth_padded * BITS / 32;
     int tile = 0;

@@ -7,11 +7,11 @@
 //   select(m, a, b)        a where m
 //   scale_by_power(a, n)   a * 2^n for integral -126 <= n <= 127
 //   load_half(p)           W float16
-//   low_codes<BITS>(c, s)  the BITS bits at bit s of every byte
-// and the integer dot product. A line of codes is 64 bytes = 16 lanes of one quad (4 depths) each; a vector of codes
-// holds W of the lanes. `store_weights` rounds W weights of each of two rows, x * factor of at most MAX_WEIGHT in size, and
-// stores them quad by quad, two int32 for each row, which `dot` multiplies with a quad of every lane. Sums are exact
-// while they fit in int32.
+// and the integer dot product. A line of codes is 64 bytes: 16 lanes of one or more quads (4 depths) each; a vector of it
+// holds W of the lanes. `prepare<BITS>` takes quad `part` out of it. `store_weights` rounds W weights of each of two
+// rows, x * factor of at most MAX_WEIGHT in size, and stores them quad by quad, two int32 for each row, which `dot`
+// multiplies with a quad of every lane. Sums are exact while they fit in int32. `add_code_bias` makes up in a row's base
+// for what a level's `dot` takes off 8-bit codes.
 #pragma once
 
 #if defined(__AVX512F__)
@@ -29,16 +29,14 @@ namespace onnx_kivi::KIVI_ISA {
 // Into the second level of cache: the first holds too few outstanding misses to reach the memory's bandwidth.
 static inline void prefetch(const void* p) { __builtin_prefetch(p, 0, 2); }
 
-// exp(x) to 1 unit in the last place for x <= 88; 0 below the smallest normal result. NaN stays NaN.
+// exp(x) for x <= 88, to 4e-7 of itself (5e-6 without a fused multiply-add, where it is small); 0 below the smallest
+// normal result. NaN stays NaN.
 static inline F exp(F x) {
     const F n = round(mul(x, set1(0x1.715476p0f)));
-    F r = fma(n, set1(-0x1.62e4p-1f), x);
-    r = fma(n, set1(-0x1.7f7d1cp-20f), r);
-    F p = set1(0x1.686a72p-10f);
-    p = fma(p, r, set1(0x1.125118p-7f));
-    p = fma(p, r, set1(0x1.555c0ep-5f));
-    p = fma(p, r, set1(0x1.55546cp-3f));
-    p = fma(p, r, set1(0x1.fffff6p-2f));
+    const F r = fma(n, set1(-0x1.62e43p-1f), x);
+    F p = fma(set1(0x1.115108p-7f), r, set1(0x1.57661cp-5f));
+    p = fma(p, r, set1(0x1.555644p-3f));
+    p = fma(p, r, set1(0x1.fffd44p-2f));
     p = fma(p, r, set1(1));
     p = fma(p, r, set1(1));
     return select(greater(set1(-87.3f), x), set1(0), scale_by_power(p, n));

@@ -52,11 +52,14 @@ static inline F load_half(const uint16_t* p) { return _mm256_cvtph_ps(_mm_loadu_
 static inline I to_int(F a) { return _mm256_cvtps_epi32(a); }
 static inline F to_float(I a) { return _mm256_cvtepi32_ps(a); }
 
-static inline I load_codes(const unsigned char* p) { return _mm256_load_si256((const __m256i*)p); }
+static inline I load_line(const unsigned char* p) { return _mm256_load_si256((const __m256i*)p); }
 template <int BITS>
-static inline I low_codes(I codes, int shift) {
-    return _mm256_and_si256(_mm256_srli_epi16(codes, shift), _mm256_set1_epi8((1 << BITS) - 1));
+static inline I code_bytes(I line, int part) {
+    if (BITS == 8) return line;
+    return _mm256_and_si256(_mm256_srli_epi16(line, part * BITS), _mm256_set1_epi8((1 << BITS) - 1));
 }
+template <int BITS>
+static inline void add_code_bias(float&, float, const int32_t*, int) {}
 
 // A weight is an int16; a quad's even depths come first, then its odd ones.
 constexpr float MAX_WEIGHT = 32767;
@@ -66,7 +69,9 @@ struct Codes {
 struct Sum {
     I total;
 };
-static inline Codes prepare(I codes) {
+template <int BITS>
+static inline Codes prepare(I line, int part) {
+    const I codes = code_bytes<BITS>(line, part);
     return {_mm256_and_si256(codes, _mm256_set1_epi16(0xff)), _mm256_srli_epi16(codes, 8)};
 }
 static inline Sum zero_sum() { return {_mm256_setzero_si256()}; }

@@ -61,11 +61,14 @@ static inline F load_half(const uint16_t* p) { return _mm512_cvtph_ps(_mm256_loa
 static inline I to_int(F a) { return _mm512_cvtps_epi32(a); }
 static inline F to_float(I a) { return _mm512_cvtepi32_ps(a); }
 
-static inline I load_codes(const unsigned char* p) { return _mm512_load_si512(p); }
+static inline I load_line(const unsigned char* p) { return _mm512_load_si512(p); }
 template <int BITS>
-static inline I low_codes(I codes, int shift) {
-    return _mm512_and_si512(_mm512_srli_epi16(codes, unsigned(shift)), _mm512_set1_epi8((1 << BITS) - 1));
+static inline I code_bytes(I line, int part) {
+    if (BITS == 8) return line;
+    return _mm512_and_si512(_mm512_srli_epi16(line, unsigned(part * BITS)), _mm512_set1_epi8((1 << BITS) - 1));
 }
+template <int BITS>
+static inline void add_code_bias(float&, float, const int32_t*, int) {}
 
 #if defined(__AVX512VNNI__)
 // A weight is 256 * high + low, both int8.
@@ -76,7 +79,10 @@ struct Codes {
 struct Sum {
     I high, low;
 };
-static inline Codes prepare(I codes) { return {codes}; }
+template <int BITS>
+static inline Codes prepare(I line, int part) {
+    return {code_bytes<BITS>(line, part)};
+}
 static inline Sum zero_sum() { return {_mm512_setzero_si512(), _mm512_setzero_si512()}; }
 // Written out, because GCC copies or even spills the sums around the intrinsic.
 static inline void dot_bytes(I& sum, I codes, I weights) {
@@ -106,7 +112,9 @@ struct Codes {
 struct Sum {
     I total;
 };
-static inline Codes prepare(I codes) {
+template <int BITS>
+static inline Codes prepare(I line, int part) {
+    const I codes = code_bytes<BITS>(line, part);
     return {_mm512_and_si512(codes, _mm512_set1_epi16(0xff)), _mm512_srli_epi16(codes, 8)};
 }
 static inline Sum zero_sum() { return {_mm512_setzero_si512()}; }

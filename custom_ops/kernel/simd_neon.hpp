@@ -44,15 +44,10 @@ static inline F load_half(const uint16_t* p) { return vcvt_f32_f16(vreinterpret_
 static inline I to_int(F a) { return vcvtnq_s32_f32(a); }
 static inline F to_float(I a) { return vcvtq_f32_s32(a); }
 
-static inline I load_codes(const unsigned char* p) { return vreinterpretq_s32_u8(vld1q_u8(p)); }
-template <int BITS>
-static inline I low_codes(I codes, int shift) {
-    const uint8x16_t moved = vshlq_u8(vreinterpretq_u8_s32(codes), vdupq_n_s8(int8_t(-shift)));
-    return vreinterpretq_s32_u8(vandq_u8(moved, vdupq_n_u8((1 << BITS) - 1)));
-}
+static inline I load_line(const unsigned char* p) { return vreinterpretq_s32_u8(vld1q_u8(p)); }
 
-// A weight is 256 * high + low, both int8. The dot product has no mixed signs: codes are taken less 128, and the
-// weights' own sum, times 128, is put back by a third product with the constant 128 = 64 + 64.
+// A weight is 256 * high + low, both int8. There is no dot product of mixed signs: 8-bit codes are taken less 128, and
+// add_code_bias puts back 128 times the sum of the weights.
 constexpr float MAX_WEIGHT = 127 * 256 + 127;
 struct Codes {
     int8x16_t bytes;
@@ -60,16 +55,24 @@ struct Codes {
 struct Sum {
     I high, low;
 };
-static inline Codes prepare(I codes) {
-    return {vreinterpretq_s8_u8(veorq_u8(vreinterpretq_u8_s32(codes), vdupq_n_u8(0x80)))};
+template <int BITS>
+static inline Codes prepare(I line, int part) {
+    const uint8x16_t bytes = vreinterpretq_u8_s32(line);
+    if (BITS == 8) return {vreinterpretq_s8_u8(veorq_u8(bytes, vdupq_n_u8(0x80)))};
+    const uint8x16_t moved = vshlq_u8(bytes, vdupq_n_s8(int8_t(-part * BITS)));
+    return {vreinterpretq_s8_u8(vandq_u8(moved, vdupq_n_u8((1 << BITS) - 1)))};
 }
 static inline Sum zero_sum() { return {vdupq_n_s32(0), vdupq_n_s32(0)}; }
 static inline void dot(Sum& sum, Codes codes, const int32_t* weights) {
-    const int8x16_t half = vdupq_n_s8(64);
-    const int8x16_t high = vreinterpretq_s8_s32(vdupq_n_s32(weights[0]));
-    const int8x16_t low = vreinterpretq_s8_s32(vdupq_n_s32(weights[1]));
-    sum.high = vdotq_s32(vdotq_s32(vdotq_s32(sum.high, codes.bytes, high), half, high), half, high);
-    sum.low = vdotq_s32(vdotq_s32(vdotq_s32(sum.low, codes.bytes, low), half, low), half, low);
+    sum.high = vdotq_s32(sum.high, codes.bytes, vreinterpretq_s8_s32(vdupq_n_s32(weights[0])));
+    sum.low = vdotq_s32(sum.low, codes.bytes, vreinterpretq_s8_s32(vdupq_n_s32(weights[1])));
+}
+template <int BITS>
+static inline void add_code_bias(float& base, float step, const int32_t* weights, int depth) {
+    if (BITS != 8) return;
+    Sum sum = zero_sum();
+    for (int i = 0; i < depth; i += 4) dot(sum, {vdupq_n_s8(64)}, weights + i);
+    base += 2 * step * float(256 * int64_t(vgetq_lane_s32(sum.high, 0)) + vgetq_lane_s32(sum.low, 0));
 }
 static inline F sum_to_float(Sum sum) { return to_float(vaddq_s32(vshlq_n_s32(sum.high, 8), sum.low)); }
 static inline void store_weights(int32_t* to, F x, float x_factor, F y, float y_factor) {

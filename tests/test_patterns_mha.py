@@ -103,6 +103,15 @@ OUTSIDE: dict[str, dict[str, Any]] = {
             v = Reshape(v6, i(0,4,-1,8))""",
         "values": "out = com.microsoft.MultiHeadAttention<num_heads=4>(query, k, v, , , mask)",
     },
+    "heads repeated and merged": {
+        "inputs": {"query": "float[B,S,32] query", "mask": "float[B,1,S,T] mask"},
+        "outputs": {"out": "float[B,S,32] out"},
+        "repeat_key": """k5 = Unsqueeze(present_0_key, i(2)) k6 = Expand(k5, i(1,1,2,1,1))
+            k7 = Reshape(k6, i(0,4,-1,8)) k8 = Transpose<perm=[0,2,1,3]>(k7) k = Reshape(k8, i(0,0,32))""",
+        "repeat_value": """v5 = Unsqueeze(present_0_value, i(2)) v6 = Expand(v5, i(1,1,2,1,1))
+            v7 = Reshape(v6, i(0,4,-1,8)) v8 = Transpose<perm=[0,2,1,3]>(v7) v = Reshape(v8, i(0,0,32))""",
+        "values": "out = com.microsoft.MultiHeadAttention<num_heads=4>(query, k, v, , , mask)",
+    },
 }
 
 
@@ -163,6 +172,34 @@ NEAR_MISSES: dict[str, tuple[onnx.ModelProto, str]] = {
             ),
         ),
         "counts positions from 0",
+    ),
+    "bias over a cache outside": (
+        decoder(
+            domains=', "com.microsoft": 1',
+            **(
+                GONE
+                | OUTSIDE["heads repeated and merged"]
+                | {
+                    "inputs": OUTSIDE["heads repeated and merged"]["inputs"] | {"bias": "float[96] bias"},
+                    "values": "out = com.microsoft.MultiHeadAttention<num_heads=4>(query, k, v, bias, , mask)",
+                }
+            ),
+        ),
+        "the bias of a projection of what is in the cache already",
+    ),
+    "heads and size exchanged before they are merged": (
+        decoder(
+            domains=', "com.microsoft": 1',
+            **(
+                GONE
+                | OUTSIDE["heads repeated and merged"]
+                | {
+                    "repeat_key": """k5 = Unsqueeze(present_0_key, i(2)) k6 = Expand(k5, i(1,1,2,1,1))
+                        k7 = Reshape(k6, i(0,4,-1,8)) k8 = Transpose<perm=[0,2,3,1]>(k7) k = Reshape(k8, i(0,0,32))"""
+                }
+            ),
+        ),
+        "got another order of axes",
     ),
     "values that are no cache": (
         decoder(

@@ -8,6 +8,7 @@ Source: ContribOperators.md; the CPU kernel (mask forms).
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 from ..graph import Node, element_name
 from .contrib import attention_scale, joined_cache, padding_mask, refuse
@@ -44,6 +45,8 @@ def _match(decoder: Decoder, node: Node) -> Site | None:
         raise MissError(f"{node.op}: expected keys and values of caches as they are, got {node.inputs[KEY:INPUT_BIAS]}")
     refuse(node, REFUSED_INPUTS, {3: "the scores"})
     causal = bool(node.attr("unidirectional", 0))
+    if not inside:
+        refuse(node, {INPUT_BIAS: "the bias of a projection of what is in the cache already"}, {})
     if causal and not inside:
         raise MissError("unidirectional over a cache joined outside counts positions from 0, not from the past")
     if inside:
@@ -102,5 +105,9 @@ def _biased(decoder: Decoder, prologue: Prologue, node: Node) -> tuple[str, ...]
 
 
 def _view(decoder: Decoder, tensor: str) -> CacheView | None:
+    """What a tensor shows of a cache as (B, H, T, D), which may be merged to (B, T, heads * D)."""
     view = cache_view(decoder, tensor) if tensor else None
+    if view is not None and len(view.axes) == 3:
+        batch, tokens, heads = view.axes
+        return replace(view, axes=(batch, heads[:-1], tokens, heads[-1:]))
     return view if view is not None and len(view.axes) == 4 else None

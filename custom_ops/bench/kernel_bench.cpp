@@ -1,6 +1,5 @@
 // Time of one attention call, out of cache, per ISA level, next to the streaming-read limit of as many bytes.
 // Usage: kernel_bench [name=value ...], names and defaults: see `Options`. new=2048 context=0 is a prefill.
-#include <immintrin.h>
 #include <sys/mman.h>
 
 #include <algorithm>
@@ -24,14 +23,16 @@ constexpr int64_t HUGE_PAGE = 2 << 20;
 
 struct Options {
     std::map<std::string, std::string> values = {
-        {"context", "16384"}, {"new", "1"},   {"bits", "8"},    {"heads", "32"}, {"kv_heads", "8"},     {"size", "128"}, {"block", "64"},
-        {"group", "64"},      {"causal", "0"}, {"threads", "1"}, {"level", ""},   {"megabytes", "134"}, {"seconds", "2"}, {"huge", "1"}};
+        {"context", "16384"}, {"new", "1"},         {"bits", "8"},    {"heads", "32"}, {"kv_heads", "8"},
+        {"size", "128"},      {"block", "64"},      {"group", "64"},  {"causal", "0"}, {"threads", "1"},
+        {"level", ""},        {"megabytes", "134"}, {"seconds", "2"}, {"huge", "1"}};
 
     Options(int argc, char** argv) {
         for (int i = 1; i < argc; ++i) {
             const std::string text = argv[i];
             const size_t equals = text.find('=');
-            if (equals == std::string::npos || !values.count(text.substr(0, equals))) std::printf("unknown option: %s\n", argv[i]), std::exit(2);
+            if (equals == std::string::npos || !values.count(text.substr(0, equals)))
+                std::printf("unknown option: %s\n", argv[i]), std::exit(2);
             values[text.substr(0, equals)] = text.substr(equals + 1);
         }
     }
@@ -41,17 +42,18 @@ struct Options {
 double now() { return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); }
 
 unsigned char* arena(int64_t bytes, bool huge) {
-    auto* data = static_cast<unsigned char*>(std::aligned_alloc(HUGE_PAGE, size_t((bytes + HUGE_PAGE) / HUGE_PAGE * HUGE_PAGE)));
+    auto* data =
+        static_cast<unsigned char*>(std::aligned_alloc(HUGE_PAGE, size_t((bytes + HUGE_PAGE) / HUGE_PAGE * HUGE_PAGE)));
     madvise(data, size_t(bytes), huge ? MADV_HUGEPAGE : MADV_NOHUGEPAGE);
     return data;
 }
 
-__attribute__((target("avx512f"))) void read_all(const unsigned char* data, int64_t bytes) {
-    __m512i sum[4] = {};
-    for (int64_t i = 0; i + 256 <= bytes; i += 256)
-        for (int j = 0; j < 4; ++j) sum[j] = _mm512_xor_si512(sum[j], _mm512_load_si512(data + i + 64 * j));
-    const __m512i all = _mm512_xor_si512(_mm512_xor_si512(sum[0], sum[1]), _mm512_xor_si512(sum[2], sum[3]));
-    if (_mm512_reduce_add_epi64(all) == 42) std::printf(" ");
+void read_all(const unsigned char* data, int64_t bytes) {
+    using Word = uint64_t __attribute__((vector_size(32)));
+    Word sums[8] = {};
+    for (int64_t i = 0; i + int64_t(sizeof sums) <= bytes; i += int64_t(sizeof sums))
+        for (size_t j = 0; j < 8; ++j) sums[j] |= reinterpret_cast<const Word*>(data + i)[j];
+    for (const Word& sum : sums) asm volatile("" ::"m"(sum));
 }
 
 std::vector<float> normals(int64_t count) {
@@ -93,8 +95,10 @@ struct Setup {
         refs.resize(size_t(layers));
         for (int64_t i = 0; i < layers * blocks; ++i) {
             unsigned char* to = data + i * bytes;
-            if (i == 0) (*available_kernels())->encode_block(layout, least_dense(layout), tokens, to);
-            else std::memcpy(to, data, size_t(bytes));
+            if (i == 0)
+                (*available_kernels())->encode_block(layout, least_dense(layout), tokens, to);
+            else
+                std::memcpy(to, data, size_t(bytes));
             refs[size_t(i / blocks)].push_back({to, least_dense(layout)});
         }
         attention.layout = &layout;
@@ -110,8 +114,10 @@ struct Setup {
         attention.scale = 0.0884f;
         attention.causal = options.number("causal");
         const Plan plan = plan_attention(attention, threads);
-        for (int i = 0; i <= threads; ++i) memory.push_back(arena(std::max(plan.scratch_bytes, plan.workspace_bytes) + 64, false));
-        std::printf("%ld layers of %.1f MB, %ld tasks, scratch %.1f KB\n", layers, double(blocks * bytes) / 1e6, plan.tasks, double(plan.scratch_bytes) / 1e3);
+        for (int i = 0; i <= threads; ++i)
+            memory.push_back(arena(std::max(plan.scratch_bytes, plan.workspace_bytes) + 64, false));
+        std::printf("%ld layers of %.1f MB, %ld tasks, scratch %.1f KB\n", layers, double(blocks * bytes) / 1e6,
+                    plan.tasks, double(plan.scratch_bytes) / 1e3);
     }
 
     void run(const Kernel& kernel, int64_t layer) {
@@ -120,7 +126,8 @@ struct Setup {
         const Plan plan = plan_attention(attention, threads);
         std::vector<std::thread> others;
         auto work = [&](int me) {
-            for (int64_t t = me; t < plan.tasks; t += threads) kernel.run_task(attention, plan, t, memory[size_t(me)], memory.back());
+            for (int64_t t = me; t < plan.tasks; t += threads)
+                kernel.run_task(attention, plan, t, memory[size_t(me)], memory.back());
         };
         for (int i = 1; i < threads; ++i) others.emplace_back(work, i);
         work(0);
@@ -142,8 +149,10 @@ int main(int argc, char** argv) {
     for (int64_t layer = 0; now() < end || times[0].size() < 3; layer = (layer + 1) % setup.layers)
         for (size_t i = 0; i < times.size(); ++i) {
             const double start = now();
-            if (i < levels.size()) setup.run(*levels[i], layer);
-            else read_all(setup.data + layer * setup.blocks * setup.bytes, setup.blocks * setup.bytes);
+            if (i < levels.size())
+                setup.run(*levels[i], layer);
+            else
+                read_all(setup.data + layer * setup.blocks * setup.bytes, setup.blocks * setup.bytes);
             times[i].push_back(now() - start);
             layer = (layer + 1) % setup.layers;
         }
@@ -152,6 +161,8 @@ int main(int argc, char** argv) {
     for (size_t i = 0; i < times.size(); ++i) {
         std::sort(times[i].begin(), times[i].end());
         const double median = times[i][times[i].size() / 2], least = times[i][0];
-        std::printf("%-16s median %8.3f ms  least %8.3f ms  %5.1f GB/s  %.2f of read\n", i < levels.size() ? levels[i]->name : "read", median * 1e3, least * 1e3, megabytes / least / 1e3, limit / least);
+        std::printf("%-16s median %8.3f ms  least %8.3f ms  %5.1f GB/s  %.2f of read\n",
+                    i < levels.size() ? levels[i]->name : "read", median * 1e3, least * 1e3, megabytes / least / 1e3,
+                    limit / least);
     }
 }

@@ -19,7 +19,8 @@ namespace {
 constexpr float INF = std::numeric_limits<float>::infinity();
 
 struct Lines {  // LINE_BYTES aligned memory, exactly sized so that sanitizers see overruns
-    explicit Lines(int64_t bytes) : data(static_cast<unsigned char*>(std::aligned_alloc(64, size_t((bytes + 64) / 64 * 64)))) {}
+    explicit Lines(int64_t bytes)
+        : data(static_cast<unsigned char*>(std::aligned_alloc(64, size_t((bytes + 64) / 64 * 64)))) {}
     std::unique_ptr<unsigned char, decltype(&std::free)> hold() { return {data, &std::free}; }
     unsigned char* data;
 };
@@ -40,14 +41,15 @@ struct Problem {
 
     std::string describe() const {
         char text[512];
-        std::snprintf(text, sizeof text,
-                      "Hkv %d Dk %d Dv %d k_bits %d v_bits %d block %d v_group %d rows %ld group %ld S %ld N %ld blocks %ld "
-                      "sinks %ld residual %ld window %ld threads %d causal %d nan_to_zero %d head_sink %d offset %d "
-                      "hidden_rows %d fill %g dense %d%d softcap %g mask %d %d%d%d%d",
-                      shape.kv_heads, shape.k_size, shape.v_size, shape.k_bits, shape.v_bits, shape.block_tokens,
-                      shape.v_group_size, rows, group, queries, added, blocks, sinks, residual, window, threads, causal,
-                      nan_to_zero, head_sink, offset, hidden_rows, double(fill), dense_key, dense_value, double(softcap), mask,
-                      mask_dims[0], mask_dims[1], mask_dims[2], mask_dims[3]);
+        std::snprintf(
+            text, sizeof text,
+            "Hkv %d Dk %d Dv %d k_bits %d v_bits %d block %d v_group %d rows %ld group %ld S %ld N %ld blocks %ld "
+            "sinks %ld residual %ld window %ld threads %d causal %d nan_to_zero %d head_sink %d offset %d "
+            "hidden_rows %d fill %g dense %d%d softcap %g mask %d %d%d%d%d",
+            shape.kv_heads, shape.k_size, shape.v_size, shape.k_bits, shape.v_bits, shape.block_tokens,
+            shape.v_group_size, rows, group, queries, added, blocks, sinks, residual, window, threads, causal,
+            nan_to_zero, head_sink, offset, hidden_rows, double(fill), dense_key, dense_value, double(softcap), mask,
+            mask_dims[0], mask_dims[1], mask_dims[2], mask_dims[3]);
         return text;
     }
 };
@@ -57,12 +59,15 @@ int64_t pick(int64_t low, int64_t high) { return std::uniform_int_distribution<i
 bool chance(double p) { return std::bernoulli_distribution(p)(source); }
 float normal() { return std::normal_distribution<float>()(source); }
 template <class T, size_t N>
-T one_of(const T (&options)[N]) { return options[size_t(pick(0, N - 1))]; }
+T one_of(const T (&options)[N]) {
+    return options[size_t(pick(0, N - 1))];
+}
 
 Tokens random_tokens(const Problem& p, int64_t tokens) {
     Tokens t;
     const int64_t heads = p.shape.kv_heads, dk = p.shape.k_size, dv = p.shape.v_size;
-    for (int64_t i = 0; i < heads * tokens * dk; ++i) t.key.push_back(normal() + (p.offset && i % dk == 1 ? 40.0f : 0.0f));
+    for (int64_t i = 0; i < heads * tokens * dk; ++i)
+        t.key.push_back(normal() + (p.offset && i % dk == 1 ? 40.0f : 0.0f));
     for (int64_t i = 0; i < heads * tokens * dv; ++i) t.value.push_back(normal());
     t.view = {t.key.data(), t.value.data(), tokens, tokens * dk, dk, tokens * dv, dv};
     return t;
@@ -127,7 +132,8 @@ struct Case {
         for (int d = 0; d < 4; ++d) count *= mask_sizes[d] = p.mask_dims[d] ? full[d] : 1;
         for (int64_t i = 0; i < count; ++i) mask.push_back(chance(0.2) ? p.fill : normal());
         if (p.hidden_rows && mask_sizes[3] == total)
-            for (int64_t i = 0; i < count; ++i) if (i / total % 3 == 0) mask[size_t(i)] = p.fill;
+            for (int64_t i = 0; i < count; ++i)
+                if (i / total % 3 == 0) mask[size_t(i)] = p.fill;
         for (int64_t h = 0; h < heads(); ++h) head_sink.push_back(normal());
         scale = 1 / std::sqrt(float(p.shape.k_size));
     }
@@ -144,7 +150,13 @@ struct Case {
         values.resize(value_at + size_t(kv * total * dv));
         int64_t done = 0;
         auto target = [&](int64_t count) {
-            DenseTokens to{keys.data() + key_at + done * dk, values.data() + value_at + done * dv, count, total * dk, dk, total * dv, dv};
+            DenseTokens to{keys.data() + key_at + done * dk,
+                           values.data() + value_at + done * dv,
+                           count,
+                           total * dk,
+                           dk,
+                           total * dv,
+                           dv};
             done += count;
             return to;
         };
@@ -152,8 +164,10 @@ struct Case {
             const DenseTokens to = target(from.view.tokens);
             for (int64_t h = 0; h < kv; ++h)
                 for (int64_t t = 0; t < to.tokens; ++t) {
-                    std::memcpy(const_cast<float*>(to.key) + h * to.key_head_stride + t * dk, from.view.key + (h * to.tokens + t) * dk, size_t(dk) * 4);
-                    std::memcpy(const_cast<float*>(to.value) + h * to.value_head_stride + t * dv, from.view.value + (h * to.tokens + t) * dv, size_t(dv) * 4);
+                    std::memcpy(const_cast<float*>(to.key) + h * to.key_head_stride + t * dk,
+                                from.view.key + (h * to.tokens + t) * dk, size_t(dk) * 4);
+                    std::memcpy(const_cast<float*>(to.value) + h * to.value_head_stride + t * dv,
+                                from.view.value + (h * to.tokens + t) * dv, size_t(dv) * 4);
                 }
         };
         sinks.push_back(random_tokens(p, p.sinks));
@@ -164,9 +178,11 @@ struct Case {
             uint32_t dense = least_dense(layout);
             if (p.dense_key && b % 2) dense |= KEY_DENSE;
             if (p.dense_value && b % 3) dense |= VALUE_DENSE;
-            unsigned char* data = static_cast<unsigned char*>(std::aligned_alloc(64, size_t(block_bytes(layout, dense))));
+            unsigned char* data =
+                static_cast<unsigned char*>(std::aligned_alloc(64, size_t(block_bytes(layout, dense))));
             memory.emplace_back(data, &std::free);
-            if (kernel.encode_block(layout, dense, fresh.view, data) != dense) std::printf("encode refused\n"), std::exit(1);
+            if (kernel.encode_block(layout, dense, fresh.view, data) != dense)
+                std::printf("encode refused\n"), std::exit(1);
             blocks.back().push_back({data, dense});
             kernel.decode_block(layout, {data, dense}, 0, tokens, target(tokens));
         }
@@ -226,11 +242,13 @@ struct Case {
                     double peak = p.head_sink ? double(head_sink[size_t(h)]) : -INF;
                     for (int64_t j = 0; j < total; ++j) {
                         double x = 0;
-                        for (int64_t d = 0; d < dk; ++d) x += double(q[d]) * double(keys[size_t((kv * total + j) * dk + d)]);
+                        for (int64_t d = 0; d < dk; ++d)
+                            x += double(q[d]) * double(keys[size_t((kv * total + j) * dk + d)]);
                         x *= double(scale);
                         if (p.softcap > 0) x = double(p.softcap) * std::tanh(x / double(p.softcap));
                         if (a.mask) {
-                            const float m = a.mask[b * a.mask_stride[0] + h * a.mask_stride[1] + i * a.mask_stride[2] + j * a.mask_stride[3]];
+                            const float m = a.mask[b * a.mask_stride[0] + h * a.mask_stride[1] + i * a.mask_stride[2] +
+                                                   j * a.mask_stride[3]];
                             x = m < -1e8f ? double(float(x) + m) : x + double(m);
                         }
                         if ((p.causal || p.window) && j > past + i) x = -INF;
@@ -242,7 +260,8 @@ struct Case {
                     for (double& x : s) sum += x = std::exp(x - peak);
                     for (int64_t d = 0; d < dv; ++d) {
                         double o = 0;
-                        for (int64_t j = 0; j < total; ++j) o += s[size_t(j)] * double(values[size_t((kv * total + j) * dv + d)]);
+                        for (int64_t j = 0; j < total; ++j)
+                            o += s[size_t(j)] * double(values[size_t((kv * total + j) * dv + d)]);
                         o /= sum;
                         out.push_back(std::isnan(o) && p.nan_to_zero ? 0 : o);
                     }
@@ -289,5 +308,6 @@ int main(int argc, char** argv) {
         }
     }
     int level = 0;
-    for (const Kernel* const* kernel = available_kernels(); *kernel; ++kernel) std::printf("%s: worst error %.2e\n", (*kernel)->name, worst[level++]);
+    for (const Kernel* const* kernel = available_kernels(); *kernel; ++kernel)
+        std::printf("%s: worst error %.2e\n", (*kernel)->name, worst[level++]);
 }

@@ -52,9 +52,7 @@ struct Memory {
     float* total(int64_t r) const { return base + layout.total + r * SUM_LANES; }
     float* peak(int64_t r) const { return base + layout.peak + r; }
     float* panel() const { return base + layout.panel; }
-    Folded folded(int64_t depth) const {
-        return {reinterpret_cast<int32_t*>(base + layout.weights), depth, {}, {}};
-    }
+    Folded folded(int64_t depth) const { return {reinterpret_cast<int32_t*>(base + layout.weights), depth, {}, {}}; }
 };
 
 static inline Task task_at(const Attention& attention, const Plan& plan, int64_t index) {
@@ -67,8 +65,14 @@ static inline Task task_at(const Attention& attention, const Plan& plan, int64_t
     const int64_t tile = plan.query_tiles - 1 - index / attention.rows;
     const int64_t query = tile * plan.tile_queries;
     const int64_t left = attention.queries - query;
-    return {attention, layout, row, head, attention.q_heads / layout.shape.kv_heads, query,
-            left < plan.tile_queries ? left : plan.tile_queries, split};
+    return {attention,
+            layout,
+            row,
+            head,
+            attention.q_heads / layout.shape.kv_heads,
+            query,
+            left < plan.tile_queries ? left : plan.tile_queries,
+            split};
 }
 
 static inline int64_t panels(int64_t tokens) { return (tokens + PANEL_TOKENS - 1) / PANEL_TOKENS; }
@@ -174,7 +178,8 @@ static inline void start_rows(const Task& task, const Memory& memory) {
         const float* from = a.query + task.row * a.query_row_stride + task.q_head(r) * a.query_head_stride +
                             task.q_token(r) * a.query_token_stride;
         float* query = memory.query(r);
-        for (int64_t d = 0; d < memory.layout.query_stride; ++d) query[d] = d < task.layout.key.size ? from[d] * a.scale : 0;
+        for (int64_t d = 0; d < memory.layout.query_stride; ++d)
+            query[d] = d < task.layout.key.size ? from[d] * a.scale : 0;
         std::memset(memory.sums(r), 0, size_t(memory.layout.lanes) * sizeof(float));
         std::memset(memory.total(r), 0, size_t(SUM_LANES) * sizeof(float));
         const float sink = a.head_sink && task.split == 0 ? a.head_sink[task.q_head(r)] : -__builtin_inff();

@@ -7,7 +7,7 @@
 
 namespace onnx_kivi::KIVI_ISA {
 
-constexpr int DENSE_ROWS = 4;                            // rows and
+constexpr int DENSE_ROWS = 4;                           // rows and
 constexpr int DENSE_VECTORS = REGISTERS == 32 ? 4 : 2;  // vectors of lanes whose sums stay in registers
 
 // Lanes by depth: row k of 16 lanes at `data + k * row_stride`, the next 16 lanes `tile_stride` on.
@@ -17,7 +17,9 @@ struct Lanes {
     int64_t tile_stride;
 
     const float* vector(int v) const { return data + v * W / TILE_LANES * tile_stride + v * W % TILE_LANES; }
-    Lanes from(int64_t lane) const { return {data + lane / TILE_LANES * tile_stride + lane % TILE_LANES, row_stride, tile_stride}; }
+    Lanes from(int64_t lane) const {
+        return {data + lane / TILE_LANES * tile_stride + lane % TILE_LANES, row_stride, tile_stride};
+    }
 };
 
 // out[row][lane] = or += sum over depth of a[row][depth] * b[depth][lane], for VECTORS * W lanes.
@@ -99,8 +101,8 @@ static void dense_scores(const float* keys, int64_t stride, int64_t tokens, int6
         const int64_t count = tokens - first < PANEL_TOKENS ? tokens - first : PANEL_TOKENS;
         const int64_t lanes = (count + TILE_LANES - 1) / TILE_LANES * TILE_LANES;
         for (int64_t lane = 0; lane < lanes; lane += TILE_LANES)
-            transpose_tile(keys + (first + lane) * stride, stride, count - lane < TILE_LANES ? count - lane : TILE_LANES,
-                           size, panel + lane * size);
+            transpose_tile(keys + (first + lane) * stride, stride,
+                           count - lane < TILE_LANES ? count - lane : TILE_LANES, size, panel + lane * size);
         multiply_dense<false>(q, q_stride, rows, {panel, TILE_LANES, TILE_LANES * size}, size, lanes, scores + first,
                               scores_stride);
     }

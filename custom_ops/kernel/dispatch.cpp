@@ -6,10 +6,18 @@
 namespace onnx_kivi {
 
 #if defined(__x86_64__)
-namespace x86_64 { extern const Kernel KERNEL; }
-namespace x86_64_v3 { extern const Kernel KERNEL; }
-namespace x86_64_v4 { extern const Kernel KERNEL; }
-namespace x86_64_v4_vnni { extern const Kernel KERNEL; }
+namespace x86_64 {
+extern const Kernel KERNEL;
+}
+namespace x86_64_v3 {
+extern const Kernel KERNEL;
+}
+namespace x86_64_v4 {
+extern const Kernel KERNEL;
+}
+namespace x86_64_v4_vnni {
+extern const Kernel KERNEL;
+}
 
 const Kernel* const* available_kernels() {
     static const Kernel* const all[] = {&x86_64_v4_vnni::KERNEL, &x86_64_v4::KERNEL, &x86_64_v3::KERNEL,
@@ -21,7 +29,9 @@ const Kernel* const* available_kernels() {
     return all + 3 - v3 - v4 - vnni;
 }
 #elif defined(__aarch64__)
-namespace arm64_dotprod { extern const Kernel KERNEL; }
+namespace arm64_dotprod {
+extern const Kernel KERNEL;
+}
 
 const Kernel* const* available_kernels() {
     static const Kernel* const all[] = {&arm64_dotprod::KERNEL, nullptr};

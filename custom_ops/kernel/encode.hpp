@@ -5,7 +5,7 @@
 
 namespace onnx_kivi::KIVI_ISA {
 
-constexpr int CHUNK = 64;                     // channels worked on at a time
+constexpr int CHUNK = 64;                      // channels worked on at a time
 constexpr float ROUND_TO_INTEGER = 0x1.8p23f;  // adding it rounds to even at the unit
 
 struct Range {
@@ -69,7 +69,8 @@ static bool encode_keys(const Side& side, const float* tokens, int64_t stride, u
         const int count = at_most(side.size - first, CHUNK);
         Range range;
         start_range(range, count);
-        for (int token = 0; token < side.group_size; ++token) widen_range(range, tokens + token * stride + first, count);
+        for (int token = 0; token < side.group_size; ++token)
+            widen_range(range, tokens + token * stride + first, count);
         if (range.not_finite) return false;
         float lo[CHUNK], scale[CHUNK];
         for (int i = 0; i < count; ++i) {
@@ -180,8 +181,9 @@ static void decode_block(const Layout& layout, BlockRef block, int64_t begin, in
     for (int head = 0; head < layout.shape.kv_heads; ++head) {
         decode_side(layout, true, block.dense & KEY_DENSE, block.data + side_offset(layout, block.dense, head, true),
                     begin, end, const_cast<float*>(to.key) + head * to.key_head_stride, to.key_token_stride);
-        decode_side(layout, false, block.dense & VALUE_DENSE, block.data + side_offset(layout, block.dense, head, false),
-                    begin, end, const_cast<float*>(to.value) + head * to.value_head_stride, to.value_token_stride);
+        decode_side(layout, false, block.dense & VALUE_DENSE,
+                    block.data + side_offset(layout, block.dense, head, false), begin, end,
+                    const_cast<float*>(to.value) + head * to.value_head_stride, to.value_token_stride);
     }
 }
 

@@ -45,7 +45,7 @@ struct Side {
     int32_t depth_padded;  // multiple of 16
     int32_t tiles;         // of one group
     int64_t tile_bytes;
-    int64_t code_bytes;    // of all groups
+    int64_t code_bytes;  // of all groups
     int64_t quantized_bytes;
     int64_t dense_bytes;
 };
@@ -93,7 +93,7 @@ struct Attention {
     const Layout* layout;
     int64_t rows;
     int64_t q_heads;
-    int64_t queries;  // S
+    int64_t queries;   // S
     int64_t past;      // the tokens of each row's cache
     int64_t position;  // of query 0, for causal and window: past, or less where the cache holds this step's tokens
 

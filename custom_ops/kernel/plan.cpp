@@ -4,8 +4,8 @@
 namespace onnx_kivi {
 namespace {
 
-constexpr int64_t TILE_ROWS = 64;           // query rows that share one pass over a kv head's tokens
-constexpr int64_t TASKS_PER_THREAD = 4;     // so that threads which start late or run slow don't hold the rest up
+constexpr int64_t TILE_ROWS = 64;        // query rows that share one pass over a kv head's tokens
+constexpr int64_t TASKS_PER_THREAD = 4;  // so that threads which start late or run slow don't hold the rest up
 constexpr int64_t LEAST_SPLIT_TOKENS = 256;
 
 int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }

@@ -7,10 +7,10 @@
 
 namespace onnx_kivi::KIVI_ISA {
 
-constexpr int MAX_ROWS = 4;                                // rows that share one pass over the codes
-constexpr int LINE_VECTORS = TILE_LANES / W;               // vectors of one line of codes
-constexpr float LEAST_WEIGHT = 1e-30f;                     // products all below it count as zero
-constexpr int QUANT_TILES = W == 16 ? 2 : 1;               // tiles whose sums fit in the registers
+constexpr int MAX_ROWS = 4;                   // rows that share one pass over the codes
+constexpr int LINE_VECTORS = TILE_LANES / W;  // vectors of one line of codes
+constexpr float LEAST_WEIGHT = 1e-30f;        // products all below it count as zero
+constexpr int QUANT_TILES = W == 16 ? 2 : 1;  // tiles whose sums fit in the registers
 
 // Rows as integer weights, [MAX_ROWS / 2][pair_stride] in scratch: rows in pairs, see store_weights.
 struct Folded {
@@ -130,9 +130,15 @@ static void multiply_rows(const Side& side, const unsigned char* data, const uns
         float* to = out;
         for (int64_t left = rows; left > 0; left -= MAX_ROWS, from += MAX_ROWS * x_stride, to += MAX_ROWS * out_stride)
             switch (left) {
-                case 1: multiply_group<BITS, 1, ADD>(side, data, ahead, group, from, x_stride, to, out_stride, folded); break;
-                case 2: multiply_group<BITS, 2, ADD>(side, data, ahead, group, from, x_stride, to, out_stride, folded); break;
-                case 3: multiply_group<BITS, 3, ADD>(side, data, ahead, group, from, x_stride, to, out_stride, folded); break;
+                case 1:
+                    multiply_group<BITS, 1, ADD>(side, data, ahead, group, from, x_stride, to, out_stride, folded);
+                    break;
+                case 2:
+                    multiply_group<BITS, 2, ADD>(side, data, ahead, group, from, x_stride, to, out_stride, folded);
+                    break;
+                case 3:
+                    multiply_group<BITS, 3, ADD>(side, data, ahead, group, from, x_stride, to, out_stride, folded);
+                    break;
                 default: multiply_group<BITS, 4, ADD>(side, data, ahead, group, from, x_stride, to, out_stride, folded);
             }
     }

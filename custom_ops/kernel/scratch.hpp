@@ -17,13 +17,13 @@ static inline int64_t value_lanes(const Layout& layout) {
 
 // Offsets in floats, each on a line; `rows` query rows share the task's kv head.
 struct Scratch {
-    int64_t query;     // (rows, query_stride)
-    int64_t scores;    // (rows, scores_stride)
-    int64_t sums;      // (rows, lanes): value sums
-    int64_t total;     // (rows, SUM_LANES): sum of exponentials
-    int64_t peak;      // (rows): largest score so far
-    int64_t panel;     // keys (k_size, PANEL_TOKENS) or values (PANEL_TOKENS, lanes)
-    int64_t weights;   // int32
+    int64_t query;    // (rows, query_stride)
+    int64_t scores;   // (rows, scores_stride)
+    int64_t sums;     // (rows, lanes): value sums
+    int64_t total;    // (rows, SUM_LANES): sum of exponentials
+    int64_t peak;     // (rows): largest score so far
+    int64_t panel;    // keys (k_size, PANEL_TOKENS) or values (PANEL_TOKENS, lanes)
+    int64_t weights;  // int32
     int64_t floats;
     int64_t query_stride;
     int64_t scores_stride;

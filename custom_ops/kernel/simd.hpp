@@ -7,11 +7,11 @@
 //   select(m, a, b)        a where m
 //   scale_by_power(a, n)   a * 2^n for integral -126 <= n <= 127
 //   load_half(p)           W float16
-// and the integer dot product. A line of codes is 64 bytes: 16 lanes of one or more quads (4 depths) each; a vector of it
-// holds W of the lanes. `prepare<BITS>` takes quad `part` out of it. `store_weights` rounds W weights of each of two
+// and the integer dot product. A line of codes is 64 bytes: 16 lanes of one or more quads (4 depths) each; a vector of
+// it holds W of the lanes. `prepare<BITS>` takes quad `part` out of it. `store_weights` rounds W weights of each of two
 // rows, x * factor of at most MAX_WEIGHT in size, and stores them quad by quad, two int32 for each row, which `dot`
-// multiplies with a quad of every lane. Sums are exact while they fit in int32. `add_code_bias` makes up in a row's base
-// for what a level's `dot` takes off 8-bit codes.
+// multiplies with a quad of every lane. Sums are exact while they fit in int32. `add_code_bias` makes up in a row's
+// base for what a level's `dot` takes off 8-bit codes.
 #pragma once
 
 #if defined(__AVX512F__)

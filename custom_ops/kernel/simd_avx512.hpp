@@ -36,7 +36,8 @@ static inline F abs(F a) { return _mm512_abs_ps(a); }
 static inline float reduce_add(F a) { return _mm512_reduce_add_ps(a); }
 static inline float reduce_max(F a) { return _mm512_reduce_max_ps(a); }
 static inline __m128 rows_of_lanes(F abcd) {
-    return _mm512_castps512_ps128(_mm512_permutexvar_ps(_mm512_setr_epi32(0, 4, 8, 12, 0, 4, 8, 12, 0, 4, 8, 12, 0, 4, 8, 12), abcd));
+    return _mm512_castps512_ps128(
+        _mm512_permutexvar_ps(_mm512_setr_epi32(0, 4, 8, 12, 0, 4, 8, 12, 0, 4, 8, 12, 0, 4, 8, 12), abcd));
 }
 static inline void reduce_add(const F v[4], float out[4]) {
     const F ab = add(_mm512_shuffle_f32x4(v[0], v[1], 0x44), _mm512_shuffle_f32x4(v[0], v[1], 0xee));
@@ -92,9 +93,7 @@ static inline void dot(Sum& sum, Codes codes, const int32_t* weights) {
     dot_bytes(sum.high, codes.bytes, _mm512_set1_epi32(weights[0]));
     dot_bytes(sum.low, codes.bytes, _mm512_set1_epi32(weights[1]));
 }
-static inline F sum_to_float(Sum sum) {
-    return to_float(_mm512_add_epi32(_mm512_slli_epi32(sum.high, 8), sum.low));
-}
+static inline F sum_to_float(Sum sum) { return to_float(_mm512_add_epi32(_mm512_slli_epi32(sum.high, 8), sum.low)); }
 static inline void store_weights(int32_t* to, F x, float x_factor, F y, float y_factor) {
     const F integer = set1(0x1.8p23f + 128);  // its bits end in the integer, plus 128 to carry into the high byte
     const I x_bytes = _mm512_castps_si512(fma(x, set1(x_factor), integer));

@@ -263,7 +263,7 @@ const CustomOp* make_step(const OrtApi* api) {
     return op;
 }
 
-const CustomOp* make_sdpa(const OrtApi* api, ElementType type) {
+const CustomOp* make_sdpa(const OrtApi* api, ElementType type, bool infer_shapes) {
     auto* const op = new Op{};
     set_common(*op, api);
     set_kernel<SdpaKernel>(*op);
@@ -278,14 +278,15 @@ const CustomOp* make_sdpa(const OrtApi* api, ElementType type) {
     op->GetInputCharacteristic = [](const CustomOp*, std::size_t i) {
         return i == 3 || i == 4 ? int32_t{OPTIONAL} : int32_t{REQUIRED};
     };
-    op->InferOutputShapeFn = infer_sdpa;
+    if (infer_shapes) op->InferOutputShapeFn = infer_sdpa;
     return op;
 }
 
 }  // namespace
 
-std::vector<const CustomOp*> make_custom_ops(const OrtApi* api) {
-    return {make_step(api), make_sdpa(api, FLOAT), make_sdpa(api, FLOAT16), make_sdpa(api, BFLOAT16)};
+std::vector<const CustomOp*> make_custom_ops(const OrtApi* api, bool infer_shapes) {
+    return {make_step(api), make_sdpa(api, FLOAT, infer_shapes), make_sdpa(api, FLOAT16, infer_shapes),
+            make_sdpa(api, BFLOAT16, infer_shapes)};
 }
 
 }  // namespace onnx_kivi::ort

@@ -8,7 +8,8 @@
 namespace onnx_kivi::ort {
 
 // All of them, for sessions of one onnxruntime; QuantizedKvSdpa once for each element type. They are stateless and
-// never freed, because options and sessions hold them by pointer.
-std::vector<const CustomOp*> make_custom_ops(const OrtApi* api);
+// never freed, because options and sessions hold them by pointer. Without `infer_shapes` onnxruntime learns no output
+// shape of QuantizedKvSdpa.
+std::vector<const CustomOp*> make_custom_ops(const OrtApi* api, bool infer_shapes);
 
 }  // namespace onnx_kivi::ort

@@ -1,4 +1,5 @@
 // RegisterCustomOps: what onnxruntime calls when a session's options name this library.
+#include <cstdio>
 #include <map>
 #include <mutex>
 
@@ -11,8 +12,15 @@ namespace onnx_kivi::ort {
 
 namespace {
 
+// Before 1.24 onnxruntime crashes when it infers the shapes of a custom op that lacks an optional input.
+bool infers_shapes(const ApiBase* base) {
+    int major = 0, minor = 0;
+    std::sscanf(base->GetVersionString(), "%d.%d", &major, &minor);
+    return major > 1 || minor >= 24;
+}
+
 // One domain for each onnxruntime in the process: options hold it by pointer and never release it.
-OrtCustomOpDomain* domain(const OrtApi* api) {
+OrtCustomOpDomain* domain(const OrtApi* api, bool infer_shapes) {
     static std::mutex mutex;
     static auto* const domains = new std::map<const OrtApi*, OrtCustomOpDomain*>;
     const std::lock_guard lock(mutex);
@@ -20,7 +28,7 @@ OrtCustomOpDomain* domain(const OrtApi* api) {
     if (domain == nullptr) {
         OrtCustomOpDomain* made = nullptr;
         check(call<CreateCustomOpDomain>(api, "onnx_kivi", &made));
-        for (const CustomOp* op : make_custom_ops(api)) check(call<CustomOpDomain_Add>(api, made, op));
+        for (const CustomOp* op : make_custom_ops(api, infer_shapes)) check(call<CustomOpDomain_Add>(api, made, op));
         domain = made;
     }
     return domain;
@@ -38,7 +46,7 @@ extern "C" KIVI_API OrtStatus* RegisterCustomOps(OrtSessionOptions* options, con
     return guarded(api, [&] {
         active_kernel();  // what the environment asks for is refused here, not in the first run
         default_threads();
-        check(call<AddCustomOpDomain>(api, options, domain(api)));
+        check(call<AddCustomOpDomain>(api, options, domain(api, infers_shapes(base))));
     });
 }
 

@@ -89,6 +89,15 @@ def test_inferred_shapes_are_the_real_ones(name: str) -> None:
             np.testing.assert_allclose(np.asarray(value, array.dtype), array, rtol=1e-6)  # float32 against float64
 
 
+def test_comparisons_broadcast_before_opset_16() -> None:
+    text = """<ir_version: 8, opset_import: ["": 14]> g (float[A,1] x, float[1,B] y, float[3] u) => (bool[A,B] z)
+        { z = LessOrEqual(x, y) v = GreaterOrEqual(u, x) }"""
+    shapes = graph.infer_shapes(graph.Graph(onnx.parser.parse_model(text)))
+    assert shapes.shape("z") == (dims.symbol("A"), dims.symbol("B"))
+    assert shapes.shape("v") == (dims.symbol("A"), 3)
+    assert shapes.element("z") == onnx.TensorProto.BOOL
+
+
 def test_concat_makes_its_other_axes_equal() -> None:
     text = """<ir_version: 8, opset_import: ["": 18]> g (float[A,2] x, float[B,2] y) => (float[B,C] z)
         { z = Concat<axis=1>(x, y) w = Add(z, z) }"""

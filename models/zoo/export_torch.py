@@ -34,6 +34,7 @@ TORCH_STYLES: dict[str, tuple[str, ...]] = {
     "dynamo-18-fp16": ("llama",),
     "dynamo-23": ("llama", "qwen3", "gemma3", "gpt2"),
     "dynamo-24": ("llama",),
+    "legacy-14": ("llama",),
     "legacy-17": ("llama", "gpt2", "gemma2"),
     "legacy-17-sdpa": ("llama",),
 }

@@ -48,6 +48,14 @@ def _expand(_: Node, inputs: Sequence[Known | None], __: Equations) -> list[Size
     return [tuple(s if w in (1, s) else w if s == 1 else None for s, w in zip(padded, wanted, strict=True))]  # type: ignore[misc]
 
 
+def _broadcast(_: Node, inputs: Sequence[Known | None], __: Equations) -> list[Sizes]:
+    shapes = [known_shape(operand) for operand in inputs]
+    rank = max(map(len, shapes))
+    columns = zip(*((*[1] * (rank - len(shape)), *shape) for shape in shapes), strict=True)
+    sizes = [{size for size in column if size != 1} or {1} for column in columns]
+    return [tuple(size.pop() if len(size) == 1 else None for size in sizes)]  # type: ignore[misc]
+
+
 def _concat(node: Node, inputs: Sequence[Known | None], equations: Equations) -> list[Sizes]:
     shapes = [o.shape for o in inputs if o is not None and o.shape is not None]
     if not shapes:
@@ -145,10 +153,14 @@ def _packed_attention(node: Node, inputs: Sequence[Known | None], _: Equations) 
 
 # The input that has the outputs' element type, where it is not the first.
 ELEMENT_SOURCES: Mapping[str, int] = {"com.microsoft.GatherBlockQuantized": 2}
+# Functions before opset 16, which onnx's inference does not look into.
+BOOL_OPERATORS = frozenset({"GreaterOrEqual", "LessOrEqual"})
 
 SHAPE_RULES: Mapping[str, Callable[[Node, Sequence[Known | None], Equations], Sequence[Sizes | None]]] = {
     "Reshape": _reshape,
     "Expand": _expand,
+    "GreaterOrEqual": _broadcast,
+    "LessOrEqual": _broadcast,
     "Concat": _concat,
     "Slice": _slice,
     "Range": _range,

@@ -20,7 +20,7 @@ from onnx import shape_inference
 
 from .dims import Dim, TooComplexError, substitute, symbol
 from .known import Known, Sizes, UnknownError, Values
-from .shape_rules import ELEMENT_SOURCES, SHAPE_RULES
+from .shape_rules import BOOL_OPERATORS, ELEMENT_SOURCES, SHAPE_RULES
 from .value_rules import MAX_VALUES, VALUE_RULES
 from .view import Graph, Node
 
@@ -244,6 +244,8 @@ class _Pass:
             )
         except Exception:  # an unusual node is a node about which nothing is known
             return unknown
+        if not inferred and node.op in BOOL_OPERATORS:
+            return [Known(onnx.TensorProto.BOOL, None)]
         return [self._operand(inferred.get(name)) for name in node.outputs]
 
     def _text(self, size: Dim) -> str:

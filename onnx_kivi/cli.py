@@ -49,6 +49,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return INTERRUPTED
     if args.json:
         print(json.dumps(_finite(outcome.data), allow_nan=False))
+    elif isinstance(outcome.view, str):
+        print(outcome.view)
     elif outcome.view is not None:
         Console().print(outcome.view)
     if not outcome.ok and outcome.failure:

@@ -11,12 +11,12 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 import pytest
-from onnx_kivi_models import DecoderConfig, chat_prompt, random_weights, smollm2, tiny_config, tiny_decoder
-from onnx_kivi_models.cache import MANIFEST, cache_folder, cached, recipe
-from onnx_kivi_models.checkpoint import LAYER_NAMES, TOP_NAMES
 
 from onnx_kivi.errors import KiviError, UnsupportedModelError
 from onnx_kivi.progress import silent
+from onnx_kivi_models import DecoderConfig, chat_prompt, random_weights, smollm2, tiny_config, tiny_decoder
+from onnx_kivi_models.cache import MANIFEST, cache_folder, cached, recipe
+from onnx_kivi_models.checkpoint import LAYER_NAMES, TOP_NAMES
 
 BYTES = [chr(b) for b in (*range(33, 127), *range(161, 173), *range(174, 256))]
 MERGES = [("1", "2"), ("a", "b"), ("Ġ", "a")]

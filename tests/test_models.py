@@ -11,9 +11,9 @@ import onnxruntime as ort
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from onnx_kivi_models import DecoderConfig, Spelling, random_weights, tiny_config, tiny_decoder
 
 from onnx_kivi.errors import ConfigError
+from onnx_kivi_models import DecoderConfig, Spelling, random_weights, tiny_config, tiny_decoder
 
 Array = npt.NDArray[Any]
 Feeds = dict[str, Array]

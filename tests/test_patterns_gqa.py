@@ -218,7 +218,7 @@ def test_padding_after_the_prompt_is_not_seen_later(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "masks", "demand"),
     [
-        (FROM_MASK, AT_THE_END, "padding_must_stay_where_it_was_fed"),
+        (FROM_MASK, AT_THE_END, "padding_must_follow_the_prompt_and_stay_there"),
         (FROM_MASK | {"attributes": ", do_rotary=1, local_window_size=3"}, IN_PLACE, "rows_must_be_of_one_length"),
         ({}, IN_PLACE, "rows_must_be_of_one_length"),
     ],
@@ -231,6 +231,12 @@ def test_rows_that_the_cache_can_t_follow_stop_the_run_after_the_prompt(
     assert np.abs(got - expected)[real].max() <= ROUNDING * np.ptp(expected)
     with pytest.raises(Exception, match=demand):  # onnxruntime has a class of its own for each status
         run_ragged(gqa(**changes), tmp_path, masks[:2], LENGTHS[:2])
+
+
+def test_padding_in_front_stops_the_run(tmp_path: Path) -> None:
+    """The original takes it for tokens."""
+    with pytest.raises(Exception, match="padding_must_follow_the_prompt"):
+        run_ragged(gqa(**FROM_MASK), tmp_path, [np.array([[1] * 5, [0] * 2 + [1] * 3])], [5])
 
 
 def test_a_window_sized_buffer_is_replaced_by_the_whole_cache_and_a_window(tmp_path: Path) -> None:

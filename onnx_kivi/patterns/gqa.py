@@ -32,7 +32,7 @@ REFUSED_INPUTS = {
     16: "the lengths of a padded chunk",
 }
 KEEPS_NUMBERS = ("Cast", "Identity", "Reshape", "Squeeze", "Unsqueeze", "Flatten")
-PADDING_MOVED = "padding_must_stay_where_it_was_fed"
+PADDING_MOVED = "padding_must_follow_the_prompt_and_stay_there"
 PADDED_ROWS = "rows_must_be_of_one_length"
 LOWEST = -3.4028234663852886e38
 
@@ -159,15 +159,15 @@ def _padding(decoder: Decoder, prologue: Prologue, node: Node, window: int) -> s
     A first prompt needs nothing: its padding comes last, where no token sees it. Later, padding that the mask shows
     lies where it was fed, unless the newest token is among it: then the caller moves it to the end at each step.
     """
-    mask_BT = "" if window else summed_mask(decoder, node.inputs[SEQLENS])
-    if mask_BT:
-        kept = prologue.bool(prologue.node("Gather", mask_BT, prologue.constant(-1), axis=1))
-    else:
-        kept = prologue.node("Equal", _lengths(prologue, node), prologue.total_tokens(node.inputs[QUERY]))
     is_prompt = prologue.node("Equal", PAST_LENGTH, prologue.constant(0))
-    shown = prologue.require(prologue.node("Or", kept, is_prompt), PADDING_MOVED if mask_BT else PADDED_ROWS)
+    mask_BT = "" if window else summed_mask(decoder, node.inputs[SEQLENS])
     if not mask_BT:
+        whole = prologue.node("Equal", _lengths(prologue, node), prologue.total_tokens(node.inputs[QUERY]))
+        shown = prologue.require(prologue.node("Or", whole, is_prompt), PADDED_ROWS)
         return prologue.unsqueeze(shown, 1, 2, 3)
+    first, last = (prologue.bool(prologue.node("Gather", mask_BT, prologue.constant(i), axis=1)) for i in (0, -1))
+    followed = prologue.node("And", first, prologue.node("Or", last, is_prompt))
+    shown = prologue.require(followed, PADDING_MOVED)
     shown_BT = prologue.node("Where", prologue.bool(mask_BT), shown, prologue.scalar(LOWEST))
     return prologue.unsqueeze(shown_BT, 1, 2)
 

@@ -24,6 +24,7 @@ from .spec import DOMAIN
 OPSETS = range(11, 27)
 ROUNDS_ACTIVATIONS = ("DynamicQuantizeLinear", "com.microsoft.DynamicQuantizeMatMul", "com.microsoft.QAttention")
 INT8_ACCURACY_LEVEL = 4
+ROUGHEST_FIRST = ("bfloat16", "float16", "float")
 MERGED = (
     "the layers lie inside the branches of this node (a merged decoder); export without merging and rewrite the "
     "decoder that takes a past"
@@ -34,7 +35,8 @@ MERGED = (
 class Report:
     """Sites and misses of one model; `str()` is a table for people.
 
-    element: type of its caches. int8_activations: whether the model itself rounds activations to 8 bits as it runs.
+    element: the roughest type of its caches and of what attends to them. int8_activations: whether the model itself
+    rounds activations to 8 bits as it runs.
     """
 
     sites: tuple[Site, ...]
@@ -120,8 +122,13 @@ def examine(model: Model) -> Findings:
         sites = [site for i, site in enumerate(sites) if i not in refused]
     missed += _unmatched(decoder, sites, bool(missed))
     sites = _numbered(sites)
-    element = sites[0].element if sites else "float"
+    element = min((_roughest(decoder, site) for site in sites), key=ROUGHEST_FIRST.index, default="float")
     return Findings(decoder, plan, Report(tuple(sites), tuple(missed), element, _rounds_activations(graph)))
+
+
+def _roughest(decoder: Decoder, site: Site) -> str:
+    types = (decoder.element(operand.tensor, site.element) for operand in (site.query, site.key, site.value))
+    return min(site.element, *types, key=ROUGHEST_FIRST.index)
 
 
 def _rounds_activations(graph: Graph) -> bool:
@@ -165,7 +172,25 @@ def _unlike_a_cache(sites: Sequence[Site]) -> dict[int, Miss]:
         elif "" in site.cache_outputs:
             name = site.cache_inputs[site.cache_outputs.index("")]
             found[i] = Miss(site.node, f"no output returns {name!r} joined with the new tokens; it may be no cache")
+        elif crossed := [pair for pair in zip(site.cache_inputs, site.cache_outputs, strict=True) if _crossed(*pair)]:
+            past, present = crossed[0]
+            found[i] = Miss(
+                site.node, f"{past!r} joined with the new tokens is returned as {present!r}; expected its own"
+            )
     return found
+
+
+def _crossed(past: str, present: str) -> bool:
+    """Whether an output that is named like a cache is named like another one than the input it belongs to."""
+    if not present.startswith(("present", "past", "cache")):
+        return False
+    layers, sides = ({_layer(past), _layer(present)}, {_side(past), _side(present)})
+    return len(layers - {None}) > 1 or len(sides - {None}) > 1
+
+
+def _side(name: str) -> str | None:
+    words = re.findall("key_value|key|value", name)
+    return next((word for word in words[::-1] if word != "key_value"), None)
 
 
 def _layer(name: str) -> int | None:

@@ -16,7 +16,7 @@ from .errors import UnsupportedModelError
 from .graph import Dim, Edit, Graph, Model, Source, apply, fingerprint, load, set_attribute
 from .inspector import Findings, Report, examine
 from .patterns import Added, MaskTerm, NewConstant, NewNode, Operand, Site
-from .patterns.decoder import PAST_LENGTH
+from .patterns.decoder import PAST_LENGTH, Decoder
 from .plan import Plan
 from .spec import (
     COMMITTED_LENGTH,
@@ -90,8 +90,8 @@ def _emit(model: Model, findings: Findings, config: KiviConfig) -> None:
     for slot, site in enumerate(live):
         key = (site.mask, site.element, site.q_heads)
         if key not in masks:
-            masks[key] = _mask(edit, site)
-        _emit_site(edit, site, slot, step, masks[key], config)
+            masks[key] = _mask(edit, findings.decoder, site)
+        _emit_site(edit, findings.decoder, site, slot, step, masks[key], config)
     removed = {i for site in sites for i in site.covered} | findings.plan.shapes.keys()
     _emit_shapes(edit, graph, findings.plan, past_length)
     apply(
@@ -119,7 +119,7 @@ def _emit_prologue(edit: Edit, new: NewNode | NewConstant, past_length: str) -> 
     edit.named_constant(new.name, array.astype(np.int64 if array.dtype.kind == "i" or not array.size else np.float32))
 
 
-def _emit_site(edit: Edit, site: Site, slot: int, step: str, mask: str, config: KiviConfig) -> None:
+def _emit_site(edit: Edit, decoder: Decoder, site: Site, slot: int, step: str, mask: str, config: KiviConfig) -> None:
     k_bits, v_bits = config.bits(site.layer)
     attributes = SdpaAttributes(
         slot=slot,
@@ -136,35 +136,37 @@ def _emit_site(edit: Edit, site: Site, slot: int, step: str, mask: str, config: 
         nan_to_zero=int(site.nan_to_zero),
     )
     inputs = [
-        _to_float(edit, site, _to_heads_first(edit, operand, heads))
+        _to_heads_first(edit, _to_float(edit, decoder, site, operand.tensor), operand.layout, heads)
         for operand, heads in ((site.query, site.q_heads), (site.key, site.kv_heads), (site.value, site.kv_heads))
     ]
     nothing = edit.constant(np.zeros(0, np.float32))
-    sink = _to_float(edit, site, edit.node("Reshape", [site.head_sink, edit.ints(-1)])) if site.head_sink else nothing
+    sink = nothing
+    if site.head_sink:
+        sink = edit.node("Reshape", [_to_float(edit, decoder, site, site.head_sink), edit.ints(-1)])
     inputs += [mask or nothing, sink, step]
     result = edit.node(
         QUANTIZED_KV_SDPA.name, inputs, attributes.to_wire(), outputs=[edit.name(f"sdpa.{slot}")], domain=DOMAIN
     )
-    if site.element != "float":
-        result = edit.node("Cast", [result], {"to": ELEMENTS[site.element]})
+    element = decoder.element(site.output.tensor, site.element)
+    if element != "float":
+        result = edit.node("Cast", [result], {"to": ELEMENTS[element]})
     _from_heads_first(edit, result, site.output)
 
 
-def _to_float(edit: Edit, site: Site, tensor: str) -> str:
-    return tensor if site.element == "float" else edit.node("Cast", [tensor], {"to": FLOAT})
+def _to_float(edit: Edit, decoder: Decoder, site: Site, tensor: str) -> str:
+    return tensor if decoder.element(tensor, site.element) == "float" else edit.node("Cast", [tensor], {"to": FLOAT})
 
 
-def _to_heads_first(edit: Edit, operand: Operand, heads: int) -> str:
+def _to_heads_first(edit: Edit, tensor: str, layout: str, heads: int) -> str:
     """The operand as (B, H, S, D)."""
-    tensor = operand.tensor
-    match operand.layout:
+    match layout:
         case "(BH)SD":
             return edit.node("Reshape", [edit.unsqueeze(tensor, 1), edit.ints(-1, heads, 0, 0)])
         case "BS(HD)":
             return edit.node("Transpose", [edit.node("Reshape", [tensor, edit.ints(0, 0, heads, -1)])], _perm("BSHD"))
         case "BHSD":
             return tensor
-    return edit.node("Transpose", [tensor], _perm(operand.layout))
+    return edit.node("Transpose", [tensor], _perm(layout))
 
 
 def _perm(layout: str) -> dict[str, list[int]]:
@@ -187,22 +189,23 @@ def _from_heads_first(edit: Edit, tensor: str, output: Operand) -> None:
             edit.node("Transpose", [tensor], {"perm": ["BHSD".index(x) for x in layout]}, outputs=outputs)
 
 
-def _mask(edit: Edit, site: Site) -> str:
+def _mask(edit: Edit, decoder: Decoder, site: Site) -> str:
     """The sum of the mask terms as a float tensor of 4 axes; "" if there are none."""
-    terms = [_term(edit, site, term) for term in site.mask]
+    terms = [_term(edit, decoder, site, term) for term in site.mask]
     total = terms[0] if terms else ""
     for term in terms[1:]:
         total = edit.node("Add", [total, term])
     return total
 
 
-def _term(edit: Edit, site: Site, term: MaskTerm) -> str:
+def _term(edit: Edit, decoder: Decoder, site: Site, term: MaskTerm) -> str:
     if isinstance(term, Added):
-        tensor = _to_float(edit, site, term.tensor)
+        tensor = _to_float(edit, decoder, site, term.tensor)
         if term.factor != 1.0:
             tensor = edit.node("Mul", [tensor, edit.constant(np.array(term.factor, np.float32))])
     else:
-        zero, fill = (edit.constant(np.array(x, np.float32)) for x in (0.0, term.factor * term.fill))
+        with np.errstate(over="ignore"):  # a fill below float32's range is as good as -inf
+            zero, fill = (edit.constant(np.array(x, np.float32)) for x in (0.0, term.factor * term.fill))
         tensor = edit.node("Where", [term.condition, zero, fill] if term.keep else [term.condition, fill, zero])
     if term.flat:
         return edit.node("Reshape", [edit.unsqueeze(tensor, 1), edit.ints(-1, site.q_heads, 0, 0)])

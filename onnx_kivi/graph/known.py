@@ -35,8 +35,8 @@ class Known:
 
 
 def ints(known: Known | None) -> list[int]:
-    """The elements of a tensor as plain integers."""
-    if known is None or known.value is None or known.numbers() is None:
+    """The elements of a tensor of integers."""
+    if known is None or known.value is None or not all(isinstance(x, int) for x in known.value.flat):
         raise UnknownError
     return [int(x) for x in known.value.flat]
 

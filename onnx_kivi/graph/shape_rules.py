@@ -12,7 +12,7 @@ from typing import Any
 
 import onnx
 
-from .dims import divide
+from .dims import Dim, divide
 from .known import Known, Sizes, UnknownError, known_shape, slices
 from .view import Node
 
@@ -85,7 +85,7 @@ def _slice(node: Node, inputs: Sequence[Known | None], _: Equations) -> list[Siz
 def _range(_: Node, inputs: Sequence[Known | None], __: Equations) -> list[Sizes]:
     values = [None if o is None or o.value is None else o.value.item() for o in inputs]
     start, limit, delta = values
-    if delta != 1 or start is None or limit is None:
+    if delta != 1 or not isinstance(start, (int, Dim)) or not isinstance(limit, (int, Dim)):
         raise UnknownError
     return [(limit - start,)]
 
@@ -110,8 +110,15 @@ def _fused_matmul(node: Node, inputs: Sequence[Known | None], _: Equations) -> l
     a, b = known_shape(inputs[0]), known_shape(inputs[1])
     if len(a) < 2 or len(b) < 2 or node.attr("transBatchA", 0) or node.attr("transBatchB", 0):
         raise UnknownError
-    batch = a[:-2] if len(a) >= len(b) else b[:-2]
+    rank = max(len(a), len(b))
+    pairs = zip(*((1,) * (rank - len(x)) + x[:-2] for x in (a, b)), strict=True)
+    batch: list[Any] = [x if y in (1, x) else y if x == 1 else None for x, y in pairs]
     return [(*batch, a[-1 if node.attr("transA", 0) else -2], b[-2 if node.attr("transB", 0) else -1])]
+
+
+def _fused_gemm(node: Node, inputs: Sequence[Known | None], _: Equations) -> list[Sizes]:
+    a, b = known_shape(inputs[0]), known_shape(inputs[1])
+    return [(a[1 if node.attr("transA", 0) else 0], b[0 if node.attr("transB", 0) else 1])]
 
 
 def _matmul_nbits(node: Node, inputs: Sequence[Known | None], _: Equations) -> list[Sizes]:
@@ -166,6 +173,7 @@ SHAPE_RULES: Mapping[str, Callable[[Node, Sequence[Known | None], Equations], Se
     "Range": _range,
     "ConstantOfShape": _constant_of_shape,
     "com.microsoft.FusedMatMul": _fused_matmul,
+    "com.microsoft.FusedGemm": _fused_gemm,
     "com.microsoft.MatMulNBits": _matmul_nbits,
     "com.microsoft.GatherBlockQuantized": _gather_block_quantized,
     "SimplifiedLayerNormalization": _as_first,

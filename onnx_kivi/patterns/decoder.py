@@ -61,6 +61,10 @@ class Decoder:
     shapes: Shapes
     caches: Mapping[str, Cache]
 
+    def element(self, tensor: str, otherwise: str) -> str:
+        """Name of a tensor's floating type, if it is known."""
+        return FLOATS.get(self.shapes.element(tensor), otherwise)
+
     @cached_property
     def unjoined(self) -> tuple[str, ...]:
         """Float inputs named like a cache that no node joins with new tokens."""

@@ -13,8 +13,9 @@ from ..graph import Node, element_name
 from .decoder import Decoder, Port, is_float_cast
 from .layout import CacheView, cache_view, data_input, factor
 from .operands import cache_operand, cache_sizes
-from .scores import check_softmax, product_after, scores_before
+from .scores import check_softmax, scores_before
 from .site import Miss, MissError, Operand, Site
+from .weights import check_reshapes, product_after
 
 FAMILY = "decomposed"
 ANCHORS = ("Softmax",)
@@ -52,8 +53,12 @@ def _match(decoder: Decoder, softmax: Node) -> Site | None:
     kv_heads, k_head_size = cache_sizes(decoder, keys, key)
     v_heads, v_head_size = cache_sizes(decoder, values, value)
     q_heads = _query_heads(decoder, scores.matmul, keys)
+    check_reshapes(decoder, (*scores.nodes, *product.nodes), scores.matmul, q_heads)
     if kv_heads != v_heads:
         raise MissError(f"keys have {kv_heads} heads, values {v_heads}; expected the same")
+    for matmul in (scores.matmul, product.matmul):
+        if matmul.attr("transBatchA", 0) or matmul.attr("transBatchB", 0):
+            raise MissError(f"{matmul}: batch axes transposed on the fly; expected a Transpose of its own")
     covered = {n.index for part in (scores, product) for n in part.nodes} | {softmax.index}
     return Site(
         layer=-1,
@@ -88,9 +93,11 @@ def _query_heads(decoder: Decoder, matmul: Node, keys: CacheView) -> int:
         heads = size * heads  # type: ignore[operator]
     if not isinstance(heads, int):
         raise MissError(f"{matmul}: the number of key heads it reads is not known")
+    if shape is None or len(shape) != len(keys.axes):
+        raise MissError(f"{matmul}: expected a query of {len(keys.axes)} axes, as the keys have")
     if len(keys.axes) == 3:
         return heads
-    queries = None if shape is None or len(shape) != 4 else shape[1]
+    queries = shape[1]
     if not isinstance(queries, int):
         raise MissError(f"{matmul}: the number of query heads is not known")
     if heads not in (queries, 1):

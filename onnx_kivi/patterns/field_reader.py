@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from ..graph import BOOL, FLOATS, INTEGERS, Dim, Node
 from ..graph.dims import divide
+from ..graph.shape_rules import OPEN_END
 from .decoder import Decoder
 from .field_ops import binary, constant_field, number, select, to_affine, to_cases, to_truth
 from .fields import (
@@ -109,10 +110,11 @@ class FieldReader:
 
     def _aligned(self, node: Node, index: int) -> Field:
         """Input `index` of a broadcasting node as a function of the output's indices."""
-        rank = len(self._shape(node.inputs[index]))
-        lift = len(self._shape(node.outputs[0])) - rank
-        field = self.read(node.inputs[index])
-        return shifted(field, {axis: axis + lift for axis in range(rank)}) if lift else field
+        before, after = self._shape(node.inputs[index]), self._shape(node.outputs[0])
+        lift = len(after) - len(before)
+        moved = {axis: affine(0, {axis + lift: 1}) for axis in range(len(before))}
+        moved |= {axis: Affine(0) for axis, size in enumerate(before) if size == 1 != after[axis + lift]}
+        return composed(self.read(node.inputs[index]), moved)
 
     def _cast(self, node: Node) -> Field:
         field, to = self.read(node.inputs[0]), node.attr("to")
@@ -148,14 +150,17 @@ class FieldReader:
         return shifted(self.read(base.inputs[0]), dict(zip(old, new, strict=True)))
 
     def _slice(self, node: Node) -> Field:
-        starts, axes, steps = (self._decoder.shapes.value(node.input(i)) if node.input(i) else None for i in (1, 3, 4))
-        if starts is None or (steps is not None and any(step != 1 for step in steps.flat)):
+        starts, ends, axes, steps = (
+            self._decoder.shapes.value(node.input(i)) if node.input(i) else None for i in range(1, 5)
+        )
+        if starts is None or ends is None or (steps is not None and any(step != 1 for step in steps.flat)):
             raise UnreadableError(str(node))
-        rank = len(self._shape(node.inputs[0]))
+        sizes = self._shape(node.inputs[0])
+        rank = len(sizes)
         places = range(len(starts)) if axes is None else [axis % rank for axis in axes.flat]
         moved = {axis: affine(0, {axis: 1}) for axis in range(rank)}
-        for axis, start in zip(places, starts.flat, strict=True):
-            if not isinstance(start, int) or start < 0:
+        for axis, start, end in zip(places, starts.flat, ends.flat, strict=True):
+            if not isinstance(start, int) or start < 0 or not _is_long(sizes[axis], end):
                 raise UnreadableError(str(node))
             moved[axis] = affine(start, {axis: 1})
         return composed(self.read(node.inputs[0]), moved)
@@ -226,3 +231,10 @@ class FieldReader:
         if isinstance(yes, Truth) and isinstance(no, Truth):
             return where.and_(yes).or_(where.negated().and_(no))
         return select(where, to_cases(yes), to_cases(no))
+
+
+def _is_long(size: int | Dim, end: int | Dim) -> bool:
+    """Whether a slice up to `end` can't leave one element, to be broadcast, of an axis that had more unnoticed."""
+    if isinstance(end, Dim):
+        return not any("{" in name for name in end.symbols)
+    return isinstance(size, int) or end >= OPEN_END

@@ -2,7 +2,8 @@
 
 A term that hides exactly the keys after the query, those `window` or more before it, and those whose element of a
 (batch, tokens) input is 0, becomes attributes and a mask of shape (B, 1, 1, T); any other term stays a tensor. Rows
-that see at least one key keep their result to rounding; a row that sees none is padding, whose result nobody reads.
+that see at least one key keep their result to rounding; a row that sees none is padding, whose result nobody reads,
+but which must not become NaN where the original's finite fill kept it finite.
 """
 
 from __future__ import annotations
@@ -14,13 +15,14 @@ from ..graph import Dim, symbol
 from ..graph.dims import TooComplexError
 from .decoder import PAST_LENGTH, Decoder
 from .field_reader import FieldReader
-from .fields import NEVER, AtMostZero, Element, Literal, Truth, UnreadableError, affine, equivalent, shifted
+from .fields import NEVER, AtMostZero, Element, Literal, Truth, UnreadableError, affine, composed, equivalent
 from .prologue import Prologue
 from .scores import LEAST_FILL
 from .site import Added, Filled, MaskTerm, Site
 
 QUERY, KEY = 2, 3
 HALF_FILL = -6e4
+FLOAT_MAX = 3.4028235e38
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,14 +39,16 @@ def with_mask_facts(decoder: Decoder, reader: FieldReader, site: Site) -> Site:
     """The site with every term that is understood turned into attributes and padding."""
     new_tokens, prologue = _new_tokens(decoder, site), Prologue(decoder.graph)
     terms: list[MaskTerm] = []
-    causal, window = site.is_causal, site.window
+    causal, window, hard = site.is_causal, site.window, True
+    least_fill = HALF_FILL if decoder.element(site.query.tensor, site.element) == "float16" else LEAST_FILL
     for term in (part for whole in site.mask for part in _parts(decoder, reader, whole)):
-        hidden = _hidden(reader, term, HALF_FILL if site.element == "float16" else LEAST_FILL)
+        hidden = _hidden(decoder, reader, term, least_fill)
         unbound = hidden is not None and hidden.window and not (hidden.causal or causal)
         if hidden is None or unbound or (hidden.padding and new_tokens is None):
             terms.append(term)
             continue
         causal = causal or hidden.causal
+        hard = hard and not (abs(hidden.fill) <= FLOAT_MAX and (hidden.causal or hidden.window))
         window = min((w for w in (window, hidden.window) if w), default=0)
         if hidden.padding and new_tokens is not None:
             terms.append(Filled(_unpadded(prologue, hidden.padding, new_tokens), keep=True, fill=hidden.fill, rank=4))
@@ -53,8 +57,13 @@ def with_mask_facts(decoder: Decoder, reader: FieldReader, site: Site) -> Site:
         mask=tuple(terms),
         is_causal=causal,
         window=window,
+        nan_to_zero=site.nan_to_zero or not (hard or all(map(_is_finite, terms))),
         prologue=(*site.prologue, *prologue.parts),
     )
+
+
+def _is_finite(term: MaskTerm) -> bool:
+    return isinstance(term, Filled) and abs(term.factor * term.fill) <= FLOAT_MAX
 
 
 def _parts(decoder: Decoder, reader: FieldReader, term: MaskTerm) -> list[MaskTerm]:
@@ -97,8 +106,9 @@ def _new_tokens(decoder: Decoder, site: Site) -> tuple[str, int] | None:
     return None
 
 
-def _hidden(reader: FieldReader, term: MaskTerm, least_fill: float) -> Hidden | None:
-    if term.flat:
+def _hidden(decoder: Decoder, reader: FieldReader, term: MaskTerm, least_fill: float) -> Hidden | None:
+    sizes = decoder.shapes.shape(term.tensor if isinstance(term, Added) else term.condition)
+    if term.flat or sizes is None:
         return None
     try:
         if isinstance(term, Filled):
@@ -106,8 +116,9 @@ def _hidden(reader: FieldReader, term: MaskTerm, least_fill: float) -> Hidden | 
             hides, fill = (seen.negated() if term.keep else seen), term.fill * term.factor
         else:
             hides, fill = _filled(reader, term)
-        lift = 4 - term.rank
-        where = shifted(hides, {axis: axis + lift for axis in range(term.rank)})
+        axes = {axis: axis + 4 - term.rank for axis in range(term.rank)}
+        alike = {old for old, new in axes.items() if new in (QUERY, KEY) and sizes[old] == 1}
+        where = composed(hides, {old: affine(0, {} if old in alike else {new: 1}) for old, new in axes.items()})
     except (UnreadableError, TooComplexError):
         return None
     return _facts(where, fill) if isinstance(where, Truth) and fill <= least_fill else None

@@ -1,4 +1,4 @@
-"""From a Softmax back to the score MatMul (scale, softcap, mask terms, sinks) and forward to the value MatMul.
+"""From a Softmax back to the score MatMul: scale, softcap, mask terms, sinks.
 
 Walking back, `factor` is what the scores are multiplied by between the current tensor and the softmax, so a term that
 is added there counts `factor` times whatever order the exporter chose. Each helper raises MissError with its reason.
@@ -6,7 +6,6 @@ is added there counts `factor` times whatever order the exporter chose. Each hel
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 from ..graph import Dim, Node
@@ -29,15 +28,6 @@ class Scores:
     softcap: float
     mask: tuple[MaskTerm, ...]
     sink: str
-    nodes: tuple[Node, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Product:
-    """The value MatMul and what happens between the softmax and it."""
-
-    matmul: Node
-    nan_to_zero: bool
     nodes: tuple[Node, ...]
 
 
@@ -74,7 +64,6 @@ class _Walk:
                 return None
             self.nodes.append(node)
             if node.op in MATMULS:
-                self._check_reshapes(node)
                 scale = self.factor * node.attr("alpha", 1.0)
                 return Scores(node, scale, self.softcap, tuple(self.mask), self.sink, tuple(self.nodes))
             source = self._step(node)
@@ -112,17 +101,12 @@ class _Walk:
         return source if tanh is None or tanh.op != "Tanh" else self._capped(tanh)
 
     def _capped(self, tanh: Node) -> str:
-        inner = self.decoder.graph.producer(tanh.inputs[0])
-        source = scaled_input(self.decoder, inner) if inner is not None and inner.op in ("Mul", "Div") else None
-        if inner is None or source is None:
-            raise MissError(f"{tanh}: expected a constant factor in front of it, as in cap * tanh(scores / cap)")
-        cap = self.factor
-        slope = constant_factor(self.decoder, inner, source)
-        if self.softcap or not math.isclose(cap * slope, 1.0, rel_tol=1e-6):
-            raise MissError(f"{tanh}: expected cap * tanh(scores / cap), got {cap} * tanh({slope} * scores)")
-        self.softcap, self.factor = cap, 1.0
-        self.nodes += [tanh, inner]
-        return source
+        """factor * tanh(x), which is cap * tanh(scores / cap) of scores = factor * x, whatever scaled x."""
+        if self.softcap:
+            raise MissError(f"{tanh}: a softcap inside another; expected one")
+        self.softcap = abs(self.factor)
+        self.nodes.append(tanh)
+        return tanh.inputs[0]
 
     def _added(self, node: Node) -> str | None:
         behind = [carries_scores(self.decoder, name) for name in node.inputs]
@@ -130,7 +114,7 @@ class _Walk:
             return None
         source, term = node.inputs if behind[0] else node.inputs[::-1]
         self._no_mask_before_cap(node)
-        self.mask.append(Added(term, *self._lie(node, term)))
+        self.mask.append(Added(term, *self._lie(node, source, term)))
         return source
 
     def _filled(self, node: Node) -> str | None:
@@ -143,32 +127,28 @@ class _Walk:
         if fill > LEAST_FILL:
             raise MissError(f"{node}: expected a fill of at most {LEAST_FILL:g} (or -inf), got {fill}")
         self._no_mask_before_cap(node)
-        self.mask.append(Filled(condition, keep, fill, *self._lie(node, condition)))
+        self.mask.append(Filled(condition, keep, fill, *self._lie(node, source, condition)))
         return source
 
     def _no_mask_before_cap(self, node: Node) -> None:
         if self.softcap:
             raise MissError(f"{node}: a mask inside the softcap; expected it after the tanh")
 
-    def _lie(self, node: Node, term: str) -> tuple[int, float, bool]:
+    def _lie(self, node: Node, source: str, term: str) -> tuple[int, float, bool]:
         """Axes of a term, its factor, and whether it lies as ((B H), S, T), like scores computed by a 3-D MatMul."""
-        shape, scores_rank = self.decoder.shapes.shape(term), self.decoder.shapes.rank(node.outputs[0])
-        if shape is None or scores_rank is None or len(shape) > 4:
+        shape, scores = (self.decoder.shapes.shape(name) for name in (term, source))
+        if shape is None or scores is None or len(shape) > 4:
             raise MissError(f"{node}: the number of axes of {term!r} is not known to be at most 4")
-        return len(shape), self.factor, scores_rank == 3 and len(shape) == 3 and shape[0] != 1
+        pairs = zip(shape[::-1], scores[::-1], strict=False)
+        if len(shape) > len(scores) or any(size == 1 != wider for wider, size in pairs):
+            raise MissError(f"{node}: {term!r} is not proven to leave the scores' shape as it is")
+        return len(shape), self.factor, len(scores) == 3 and len(shape) == 3 and shape[0] != 1
 
     def _reshaped(self, node: Node) -> str:
         before, after = (self.decoder.shapes.shape(name) for name in (node.inputs[0], node.outputs[0]))
         if before is None or after is None or {len(before), len(after)} != {3, 4}:
             raise MissError(f"{node}: expected a reshape between ((B H), S, T) and (B, H, S, T)")
         return node.inputs[0]
-
-    def _check_reshapes(self, matmul: Node) -> None:
-        product = self.decoder.shapes.shape(matmul.outputs[0])
-        for node in self.nodes:
-            after = self.decoder.shapes.shape(node.outputs[0]) if node.op == "Reshape" else None
-            if after is not None and (product is None or after[-2] != product[-2]):
-                raise MissError(f"{node}: it is not proven to keep the query's tokens on the axis before the last")
 
     def _sunk(self, node: Node) -> str | None:
         rank = self.decoder.shapes.rank(node.outputs[0])
@@ -182,8 +162,9 @@ class _Walk:
         origin = self.decoder.graph.producer(sink)
         self.sink = origin.inputs[0] if origin is not None and origin.op == "Expand" else sink
         shape = self.decoder.shapes.shape(self.sink)
-        if shape is None or len(shape) != 4 or not (shape[0] == shape[2] == shape[3] == 1):
-            raise MissError(f"{node}: expected one sink logit per head, shape (1, heads, 1, 1), got {_text(shape)}")
+        heads = (self.decoder.shapes.shape(scores) or (None, None))[1]
+        if shape is None or shape != (1, heads, 1, 1):
+            raise MissError(f"{node}: expected a sink logit for each head, shape (1, heads, 1, 1), got {_text(shape)}")
         return scores
 
     def _shifted(self, node: Node) -> str | None:
@@ -232,60 +213,6 @@ def reduced_axes(decoder: Decoder, node: Node) -> list[int] | None:
         return None if value is None or any(isinstance(x, Dim) for x in value.flat) else [int(x) for x in value.flat]
     axes = node.attr("axes")
     return None if axes is None else list(axes)
-
-
-def product_after(decoder: Decoder, softmax: Node, sink: str) -> Product | None:
-    """Walk on from the softmax to the MatMul with the values; None if it leads nowhere, MissError if it forks."""
-    graph, tensor, nodes, nan_to_zero, dropped = decoder.graph, softmax.outputs[0], [], False, not sink
-    while True:
-        readers = list(graph.consumers(tensor))
-        guard = _nan_guard(decoder, tensor, readers)
-        if guard is not None:
-            nodes += guard
-            nan_to_zero, tensor = True, guard[-1].outputs[0]
-            continue
-        readers = [n for n in readers if n.op != "Shape"]
-        if not readers or tensor in graph.outputs:
-            return None
-        if len(readers) > 1:
-            raise MissError(f"attention weights {tensor!r} are read by {readers[0]} and by {readers[1]}")
-        (node,) = readers
-        nodes.append(node)
-        if node.op in MATMULS:
-            if node.inputs[0] != tensor or node.attr("transA", 0) or node.attr("alpha", 1.0) != 1.0:
-                return None
-            if not dropped:
-                raise MissError(f"{node}: the column of the sink logits is not dropped before the values")
-            return Product(node, nan_to_zero, tuple(nodes))
-        reshaped = node.op == "Reshape" and decoder.shapes.rank(node.outputs[0]) in (3, 4)
-        if node.op in ("Identity", "Dropout") or reshaped or is_float_cast(decoder.shapes, node):
-            tensor = node.outputs[0]
-        elif node.op == "Slice" and not dropped and _drops_last(decoder, node):
-            dropped, tensor = True, node.outputs[0]
-        else:
-            return None
-
-
-def _nan_guard(decoder: Decoder, tensor: str, readers: list[Node]) -> list[Node] | None:
-    """The nodes IsNaN and Where of where(isnan(x), 0, x), if that is all that reads x."""
-    checks = [n for n in readers if n.op == "IsNaN"]
-    wheres = [n for n in readers if n.op == "Where"]
-    if len(checks) != 1 or len(wheres) != 1 or len(readers) != 2:
-        return None
-    check, where = checks[0], wheres[0]
-    if where.inputs[0] != check.outputs[0] or where.inputs[2] != tensor:
-        return None
-    if decoder.shapes.scalar(where.inputs[1]) != 0.0:
-        raise MissError(f"{where}: expected NaN to become 0")
-    return [check, where]
-
-
-def _drops_last(decoder: Decoder, node: Node) -> bool:
-    def values(i: int) -> list[object] | None:
-        value = decoder.shapes.value(node.input(i)) if node.input(i) else None
-        return None if value is None else list(value.flat)
-
-    return values(1) == [0] and values(2) == [-1] and values(3) in ([3], [-1]) and values(4) in (None, [1])
 
 
 def _text(shape: object) -> str:

@@ -1,0 +1,189 @@
+"""Graphs built to look like attention that they are not: each is refused for a reason, or gives the same result."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+import pytest
+
+import onnx_kivi as kivi
+from graphs import BATCH, LINES, decoder, feeds, replay
+from test_mask import FILL, INPUTS, PADDING, PLACES
+
+ROUNDING = 2e-6  # sums of at most 16 float32 products of order 1, taken in another order
+HALF_ROUNDING = 2e-3  # float16 has 11 bits; the original rounds scores, weights and sums to it, the op only its ends
+
+ONE_KV_HEAD: dict[str, Any] = {
+    "inputs": {
+        "past_key": "float[B,1,P,8] past_0_key",
+        "past_value": "float[B,1,P,8] past_0_value",
+        "key": "float[B,1,S,8] key",
+        "value": "float[B,1,S,8] value",
+    },
+    "repeat_key": "k = Identity(present_0_key)",
+    "repeat_value": "v = Identity(present_0_value)",
+}
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "weights of tokens and heads exchanged by a reshape": (
+        ONE_KV_HEAD
+        | {
+            "guard": """ws = Shape(weights) b = Gather(ws, i(0)) h = Gather(ws, i(1)) s = Gather(ws, i(2))
+                t = Gather(ws, i(3)) to = Concat<axis=0>(b, s, h, t) swapped = Reshape(weights, to)""",
+            "values": "out = MatMul(swapped, v)",
+            "outputs": {"out": "float[B,S,4,8] out"},
+        },
+        "not proven to go between",
+    ),
+    "heads that only the mask has": (
+        ONE_KV_HEAD
+        | {
+            "inputs": ONE_KV_HEAD["inputs"] | {"query": "float[B,1,S,8] query", "mask": "float[B,4,S,T] mask"},
+        },
+        "not proven to leave the scores' shape",
+    ),
+    "query with rows and heads on one axis, keys with 3 axes": (
+        {
+            "repeat_key": """k5 = Unsqueeze(present_0_key, i(2)) k6 = Expand(k5, i(1,1,2,1,1)) ks = Shape(present_0_key)
+                t = Gather(ks, i(2)) to = Concat<axis=0>(i(-1), t, i(8)) k = Reshape(k6, to)""",
+            "repeat_value": "v5 = Unsqueeze(present_0_value, i(2)) v6 = Expand(v5, i(1,1,2,1,1)) v = Reshape(v6, to)",
+            "transpose": "kt = Transpose<perm=[0,2,1]>(k)",
+            "product": """qs = Shape(query) s = Gather(qs, i(2)) flat = Concat<axis=0>(i(1,-1), s, i(8))
+                q4 = Reshape(query, flat) scores = MatMul(q4, kt)""",
+            "mask": "masked = Identity(scaled)",
+            "outputs": {"out": "float[X,Y,S,8] out"},
+        },
+        "expected a query of 3 axes",
+    ),
+    "one sink logit for all heads": (
+        {
+            "mask": """m1 = Add(scaled, mask) sinks = Reshape(f(0.5), i(1,1,1,1))
+                qs = Shape(query) b = Gather(qs, i(0)) s = Gather(qs, i(2)) to = Concat<axis=0>(b, i(4), s, i(1))
+                column = Expand(sinks, to) masked = Concat<axis=-1>(m1, column)""",
+            "guard": "kept = Slice(weights, i(0), i(-1), i(3))",
+            "values": "out = MatMul(kept, v)",
+        },
+        "expected a sink logit for each head",
+    ),
+    "batch axes transposed by the product": (
+        {
+            "domains": ', "com.microsoft": 1',
+            "transpose": None,
+            "product": "scaled = com.microsoft.FusedMatMul<alpha=0.3, transB=1, transBatchB=1>(query, k)",
+            "scale": None,
+            "mask": "masked = Identity(scaled)",
+        },
+        "batch axes transposed on the fly",
+    ),
+    "keys returned as values": (
+        {
+            "join_key": "present_0_value = Concat<axis=2>(past_0_key, key)",
+            "join_value": "present_0_key = Concat<axis=2>(past_0_value, value)",
+            "repeat_key": LINES["repeat_key"].replace("present_0_key", "present_0_value"),
+            "repeat_value": LINES["repeat_value"].replace("present_0_value", "present_0_key"),
+        },
+        "'past_0_key' joined .* returned as 'present_0_value'",
+    ),
+    "returned to another layer": (
+        {
+            "join_key": "present_1_key = Concat<axis=2>(past_0_key, key)",
+            "repeat_key": LINES["repeat_key"].replace("present_0_key", "present_1_key"),
+            "outputs": {"present_key": "float[B,2,T,8] present_1_key"},
+        },
+        "'past_0_key' joined .* returned as 'present_1_key'",
+    ),
+    "a factor counted by a range of floats": (
+        {"scale": "r = Range(f(0), f(2.5), f(1)) rs = Shape(r) n = Cast<to=1>(rs) scaled = Mul(scores, n)"},
+        "no attention family recognizes it",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refused_for_its_own_reason(name: str) -> None:
+    changes, reason = REFUSED[name]
+    report = kivi.inspect(decoder(**changes))
+    assert not report.sites
+    assert any(re.search(reason, miss.reason) for miss in report.misses), report
+
+
+SAME: dict[str, dict[str, Any]] = {
+    "the first query's row for all, compared": {
+        "inputs": INPUTS,
+        "mask": f"{PLACES} first = Slice(q, i(0), i(1), i(0)) all = LessOrEqual(keys, first) {FILL}",
+    },
+    "the first query's row for all": {
+        "inputs": INPUTS,
+        "mask": f"{PLACES} all = Slice(seen, i(0), i(1), i(0)) {FILL}",
+    },
+    "the first query's row for all, expanded": {
+        "inputs": INPUTS,
+        "mask": f"""{PLACES} first = Slice(seen, i(0), i(1), i(0)) to = Concat<axis=0>(sn, tn)
+            all = Expand(first, to) {FILL}""",
+    },
+    "as many rows as an input says, here 1": {
+        "inputs": INPUTS | {"query_rows": "int64[1] rows"},
+        "mask": f"{PLACES} sign = Sign(rows) n = Max(sign, i(1)) all = Slice(seen, i(0), n, i(0)) {FILL}",
+    },
+    "a factor after the fill": {
+        "inputs": {"mask": "bool[B,1,S,T] seen"},
+        "mask": "m = Where(seen, scaled, f(-3.0e38)) masked = Mul(m, f(3))",
+    },
+    "a softcap of two negative factors": {
+        "scale": "s2 = Div(scores, f(-2)) s3 = Tanh(s2) scaled = Mul(s3, f(-2))",
+    },
+}
+
+
+@pytest.mark.parametrize("name", SAME)
+def test_what_looks_like_a_fact_but_is_none_gives_the_same_result(name: str, tmp_path: Path) -> None:
+    model = decoder(**SAME[name])
+    (site,) = kivi.inspect(model).sites
+    assert not site.is_causal
+    for expected, got in replay(model, tmp_path):
+        assert np.abs(got - expected).max() <= ROUNDING * np.ptp(expected)
+
+
+def test_attention_in_half_precision_over_caches_that_are_not(tmp_path: Path) -> None:
+    def join(side: str, letter: str) -> str:
+        return f"""p{letter} = Cast<to=10>(past_0_{side}) n{letter} = Cast<to=10>({side})
+            j{letter} = Concat<axis=2>(p{letter}, n{letter}) present_0_{side} = Cast<to=1>(j{letter})"""
+
+    def repeat(letter: str) -> str:
+        return f"""{letter}5 = Unsqueeze(j{letter}, i(2)) {letter}6 = Expand({letter}5, i(1,1,2,1,1))
+            {letter} = Reshape({letter}6, i(0,4,-1,8))"""
+
+    model = decoder(
+        join_key=join("key", "k"),
+        join_value=join("value", "v"),
+        repeat_key=repeat("k"),
+        repeat_value=repeat("v"),
+        product="q = Cast<to=10>(query) scores = MatMul(q, kt)",
+        scale="factor = Cast<to=10>(f(0.3)) scaled = Mul(scores, factor)",
+        mask="m = Cast<to=10>(mask) masked = Add(scaled, m)",
+        values="o = MatMul(weights, v) out = Cast<to=1>(o)",
+    )
+    assert kivi.inspect(model).element == "float16"
+    for expected, got in replay(model, tmp_path):
+        assert np.abs(got - expected).max() <= HALF_ROUNDING * np.ptp(expected)
+
+
+def test_a_padding_row_that_a_finite_causal_fill_kept_finite_stays_finite(tmp_path: Path) -> None:
+    model = decoder(
+        inputs=INPUTS,
+        mask=f"""{PLACES} {PADDING} causal = Where(seen, f(0), f(-3.0e38)) m1 = Add(scaled, causal)
+            low = Mul(f(-3.0e38), f(10)) masked = Where(held4, m1, low)""",
+    )
+    (site,) = kivi.inspect(model).sites
+    assert site.is_causal
+    kivi.save(kivi.rewrite(model, kivi.KiviConfig(32, 32))[0], tmp_path / "out.onnx")
+    new = feeds(np.random.default_rng(0), 0, 3, model) | {"attention_mask": np.array([[0, 1, 1], [1, 1, 1]])}
+    past = {f"past_0_{side}": np.zeros((BATCH, 2, 0, 8), np.float32) for side in ("key", "value")}
+    original = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    expected, got = original.run(["out"], new | past)[0], kivi.Session(tmp_path / "out.onnx").run(["out"], new)[0]
+    assert np.isfinite(expected).all()
+    assert np.isfinite(got).all()
+    assert np.abs(got - expected)[:, :, 1:].max() <= ROUNDING * np.ptp(expected)

@@ -13,7 +13,7 @@ import onnxruntime as ort
 import pytest
 
 import onnx_kivi as kivi
-from graphs import decoder, replay
+from graphs import decoder, feeds, replay
 
 ROUNDING = 2e-6  # sums of at most 16 float32 products of order 1, taken in another order
 HALF_ROUNDING = 2**-10  # a last bit of float16, wherever the kernel rounds
@@ -190,11 +190,11 @@ def run_ragged(
             "attention_mask": mask,
         }
         new |= tables
-        feeds = {i.name: new[i.name] for i in original.get_inputs() if i.name in new}
+        given = {i.name: new[i.name] for i in original.get_inputs() if i.name in new}
         names = [o.name for o in original.get_outputs()]
-        before = dict(zip(names, original.run(None, feeds | past), strict=True))
+        before = dict(zip(names, original.run(None, given | past), strict=True))
         real = np.arange(count) < mask.sum(1, keepdims=True) if not results else np.ones((2, count), bool)
-        results.append((before["out"], rewritten.run(["out"], feeds)[0], real))
+        results.append((before["out"], rewritten.run(["out"], given)[0], real))
         past = {name: before[name.replace("past", "present")] for name in past}
     return results
 
@@ -239,6 +239,16 @@ def test_padding_in_front_stops_the_run(tmp_path: Path) -> None:
         run_ragged(gqa(**FROM_MASK), tmp_path, [np.array([[1] * 5, [0] * 2 + [1] * 3])], [5])
 
 
+def test_tokens_beyond_the_rotary_table_stop_the_run(tmp_path: Path) -> None:
+    model = gqa(**SPELLINGS["rotary"])
+    kivi.save(kivi.rewrite(model)[0], tmp_path / "model.onnx")
+    session, rng = kivi.Session(tmp_path / "model.onnx"), np.random.default_rng(0)
+    assert np.isfinite(session.run(["out"], feeds(rng, 0, 32, model))[0]).all()
+    session.cache.reset()
+    with pytest.raises(Exception, match="positions_must_lie_within_the_rotary_table"):
+        session.run(["out"], feeds(rng, 0, 33, model))
+
+
 def test_a_window_sized_buffer_is_replaced_by_the_whole_cache_and_a_window(tmp_path: Path) -> None:
     """The original keeps 4 tokens in a buffer of 6 from the start; ours grows and sees the same ones."""
     model = gqa(", local_window_size=4, sliding_window_cache=1")
@@ -252,7 +262,7 @@ def test_a_window_sized_buffer_is_replaced_by_the_whole_cache_and_a_window(tmp_p
     total = 0
     for count in (5, 3, 1, 1):
         total += count
-        feeds = {
+        given = {
             **{
                 n: rng.standard_normal((1, count, s), np.float32)
                 for n, s in (("query", 64), ("key", 32), ("value", 32))
@@ -260,9 +270,9 @@ def test_a_window_sized_buffer_is_replaced_by_the_whole_cache_and_a_window(tmp_p
             "seqlens_k": np.array([total - 1], np.int32),
             "total_length": np.array(total, np.int32),
         }
-        expected, *present = original.run(None, feeds | past)
+        expected, *present = original.run(None, given | past)
         past = dict(zip(past, present, strict=True))
-        got = rewritten.run(["out"], feeds)[0]
+        got = rewritten.run(["out"], given)[0]
         assert np.abs(got - expected).max() <= ROUNDING * np.ptp(expected)
 
 

@@ -33,6 +33,7 @@ REFUSED_INPUTS = {
 }
 KEEPS_NUMBERS = ("Cast", "Identity", "Reshape", "Squeeze", "Unsqueeze", "Flatten")
 PADDING_MOVED = "padding_must_follow_the_prompt_and_stay_there"
+BEYOND_TABLE = "positions_must_lie_within_the_rotary_table"
 PADDED_ROWS = "rows_must_be_of_one_length"
 LOWEST = -3.4028234663852886e38
 
@@ -117,7 +118,7 @@ def _rotated(
     if not isinstance(pairs, int) or head_size is None or not node.input(SIN):
         raise MissError("do_rotary: the sizes of cos_cache and of the heads are not known")
     partial = {} if pairs * 2 == head_size else {"rotary_embedding_dim": pairs * 2}
-    tables = (_positions(prologue, node), node.inputs[COS], node.inputs[SIN])
+    tables = (_checked(prologue, _positions(prologue, node), node.inputs[COS]), node.inputs[COS], node.inputs[SIN])
     interleaved = int(node.attr("rotary_interleaved", 0))
     heads = (int(node.attr("num_heads")), int(node.attr("kv_num_heads")))
     query, key = (
@@ -132,6 +133,12 @@ def _rotated(
         for tensor, n in zip(tensors, heads, strict=True)
     )
     return query, key
+
+
+def _checked(prologue: Prologue, positions: str, table: str) -> str:
+    """The positions, which older RotaryEmbedding kernels look up beyond the table's end as well."""
+    within = prologue.node("Less", positions, prologue.size(table, 0))
+    return prologue.node("Add", positions, prologue.int64(prologue.require(within, BEYOND_TABLE)))
 
 
 def _positions(prologue: Prologue, node: Node) -> str:

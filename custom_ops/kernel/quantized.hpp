@@ -7,10 +7,9 @@
 
 namespace onnx_kivi::KIVI_ISA {
 
-constexpr int MAX_ROWS = 4;                   // rows that share one pass over the codes
-constexpr int LINE_VECTORS = TILE_LANES / W;  // vectors of one line of codes
-constexpr float LEAST_WEIGHT = 1e-30f;        // products all below it count as zero
-constexpr int QUANT_TILES = W == 16 ? 2 : 1;  // tiles whose sums fit in the registers
+constexpr int MAX_ROWS = 4;             // rows that share one pass over the codes, and
+constexpr int PASS_VECTORS = 2;         // vectors of lanes of a pass: their sums stay in registers
+constexpr float LEAST_WEIGHT = 1e-30f;  // products all below it count as zero
 
 // Rows as integer weights, [MAX_ROWS / 2][pair_stride] in scratch: rows in pairs, see store_weights.
 struct Folded {
@@ -61,38 +60,38 @@ static inline void fold_rows(Folded& folded, const float* x, int64_t x_stride, c
     }
 }
 
-// Lanes of one tile or of a pair, for ROWS rows: out[row][lane] = or += base + step * sum.
-template <int BITS, int ROWS, int TILES, bool ADD>
-static inline void dot_tiles(const unsigned char* codes, const unsigned char* ahead, int64_t line_stride, int lines,
+// VECTORS * W lanes for ROWS rows, in `lines` lines of codes: out[row][lane] = or += base + step * sum.
+template <int BITS, int ROWS, int VECTORS, bool ADD>
+static inline void dot_lanes(const unsigned char* codes, const unsigned char* ahead, int64_t line_stride, int lines,
                              const Folded& folded, float* out, int64_t out_stride) {
-    constexpr int VECTORS = TILES * LINE_VECTORS;
+    constexpr int VECTOR_BYTES = 4 * W;
     constexpr int PARTS = 8 / BITS;
     Sum sums[ROWS][VECTORS];
 #pragma GCC unroll 4
     for (int r = 0; r < ROWS; ++r)
-#pragma GCC unroll 8
+#pragma GCC unroll 4
         for (int v = 0; v < VECTORS; ++v) sums[r][v] = zero_sum();
     int64_t quad = 0;
     for (int line = 0; line < lines; ++line, codes += line_stride, ahead += line_stride) {
         I bytes[VECTORS];
-#pragma GCC unroll 8
-        for (int v = 0; v < VECTORS; ++v) bytes[v] = load_line(codes + v * (4 * W));
-#pragma GCC unroll 2
-        for (int t = 0; t < TILES; ++t) prefetch(ahead + t * LINE_BYTES);
+#pragma GCC unroll 4
+        for (int v = 0; v < VECTORS; ++v) bytes[v] = load_line(codes + v * VECTOR_BYTES);
+#pragma GCC unroll 4
+        for (int at = 0; at < VECTORS * VECTOR_BYTES; at += LINE_BYTES) prefetch(ahead + at);
 #pragma GCC unroll 4
         for (int part = 0; part < PARTS; ++part, quad += 4) {
             Codes prepared[VECTORS];
-#pragma GCC unroll 8
+#pragma GCC unroll 4
             for (int v = 0; v < VECTORS; ++v) prepared[v] = prepare<BITS>(bytes[v], part);
 #pragma GCC unroll 4
             for (int r = 0; r < ROWS; ++r)
-#pragma GCC unroll 8
+#pragma GCC unroll 4
                 for (int v = 0; v < VECTORS; ++v) dot(sums[r][v], prepared[v], folded.row(r) + quad);
         }
     }
 #pragma GCC unroll 4
     for (int r = 0; r < ROWS; ++r)
-#pragma GCC unroll 8
+#pragma GCC unroll 4
         for (int v = 0; v < VECTORS; ++v) {
             float* to = out + r * out_stride + v * W;
             const F lanes = fma(sum_to_float(sums[r][v]), set1(folded.step[r]), set1(folded.base[r]));
@@ -108,18 +107,18 @@ static void multiply_group(const Side& side, const unsigned char* data, const un
                     weight_limit(side));
     for (int r = 0; r < ROWS; ++r)
         add_code_bias<BITS>(folded.base[r], folded.step[r], folded.row(r), side.depth_padded);
-    const int64_t at = group * group_code_bytes(side);
     const int lines = side.depth_padded * BITS / 32;
-    int tile = 0;
-    if constexpr (QUANT_TILES == 2)
-        for (; tile + 2 <= side.tiles; tile += 2)
-            dot_tiles<BITS, ROWS, 2, ADD>(data + at + tile * side.tile_bytes, ahead + at + tile * side.tile_bytes,
-                                          2 * LINE_BYTES, lines, folded, out + tile * TILE_LANES, out_stride);
-    for (; tile < side.tiles; ++tile) {
-        const TileLines from = tile_lines(side, tile);
-        dot_tiles<BITS, ROWS, 1, ADD>(data + at + from.first, ahead + at + from.first, from.stride, lines, folded,
-                                      out + tile * TILE_LANES, out_stride);
-    }
+    int lane = 0;
+    const auto codes_at = [&] {
+        return group * group_code_bytes(side) + tile_lines(side, lane / TILE_LANES).first + lane % TILE_LANES * 4;
+    };
+    for (; lane + PASS_VECTORS * W <= side.lanes_padded; lane += PASS_VECTORS * W)
+        dot_lanes<BITS, ROWS, PASS_VECTORS, ADD>(data + codes_at(), ahead + codes_at(),
+                                                 tile_lines(side, lane / TILE_LANES).stride, lines, folded, out + lane,
+                                                 out_stride);
+    if (lane < side.lanes_padded)
+        dot_lanes<BITS, ROWS, 1, ADD>(data + codes_at(), ahead + codes_at(), LINE_BYTES, lines, folded, out + lane,
+                                      out_stride);
 }
 
 template <int BITS, bool ADD>

@@ -47,6 +47,12 @@ SPELLINGS: dict[str, dict[str, Any]] = {
         "values": "out = MatMul(clean, v)",
     },
     "softcap": {"scale": "s1 = Mul(scores, f(0.3)) s2 = Div(s1, f(2)) s3 = Tanh(s2) scaled = Mul(s3, f(2))"},
+    "softcap that rescales": {"scale": "s2 = Div(scores, f(2)) s3 = Tanh(s2) scaled = Mul(s3, f(-0.3))"},
+    "softcap scaled by the product": {
+        "domains": ', "com.microsoft": 1',
+        "product": "s2 = com.microsoft.FusedMatMul<alpha=0.15>(query, kt)",
+        "scale": "s3 = Tanh(s2) scaled = Mul(s3, f(2))",
+    },
     "sink logits": {
         "mask": """m1 = Add(scaled, mask) sinks = Reshape(f(0.5,-0.5,1,2), i(1,4,1,1))
             qs = Shape(query) b = Gather(qs, i(0)) s = Gather(qs, i(2)) to = Concat<axis=0>(b, i(4), s, i(1))
@@ -239,9 +245,9 @@ NEAR_MISSES: dict[str, tuple[dict[str, Any], str]] = {
         },
         "mask inside the softcap",
     ),
-    "softcap that rescales": (
-        {"scale": "s2 = Div(scores, f(2)) s3 = Tanh(s2) scaled = Mul(s3, f(0.3))"},
-        r"expected cap \* tanh",
+    "a softcap inside another": (
+        {"scale": "s1 = Tanh(scores) s2 = Mul(s1, f(2)) s3 = Tanh(s2) scaled = Mul(s3, f(2))"},
+        "a softcap inside another",
     ),
     "guard that puts in ones": (
         {"guard": "bad = IsNaN(weights) clean = Where(bad, f(1), weights)", "values": "out = MatMul(clean, v)"},

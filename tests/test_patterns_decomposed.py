@@ -47,6 +47,12 @@ SPELLINGS: dict[str, dict[str, Any]] = {
         "values": "out = MatMul(clean, v)",
     },
     "softcap": {"scale": "s1 = Mul(scores, f(0.3)) s2 = Div(s1, f(2)) s3 = Tanh(s2) scaled = Mul(s3, f(2))"},
+    "softmax written out": {
+        "softmax": """top = ReduceMax(masked, i(-1)) less = Sub(masked, top) e = Exp(less)
+            all = ReduceSum(e, i(3)) weights = Div(e, all)""",
+        "guard": "half = Cast<to=10>(weights) bad = IsNaN(half) clean = Where(bad, f(0), weights)",
+        "values": "out = MatMul(clean, v)",
+    },
     "softcap that rescales": {"scale": "s2 = Div(scores, f(2)) s3 = Tanh(s2) scaled = Mul(s3, f(-0.3))"},
     "softcap scaled by the product": {
         "domains": ', "com.microsoft": 1',
@@ -244,6 +250,24 @@ NEAR_MISSES: dict[str, tuple[dict[str, Any], str]] = {
             "mask": "masked = Identity(scaled)",
         },
         "mask inside the softcap",
+    ),
+    "softmax written out over the queries": (
+        {
+            "softmax": """top = ReduceMax(masked, i(-1)) less = Sub(masked, top) e = Exp(less)
+                all = ReduceSum(e, i(2)) weights = Div(e, all)"""
+        },
+        "no attention family recognizes it",
+    ),
+    "softmax written out without its maximum": (
+        {"softmax": "e = Exp(masked) all = ReduceSum(e, i(3)) weights = Div(e, all)"},
+        "no attention family recognizes it",
+    ),
+    "the maximum over the queries": (
+        {
+            "softmax": """top = ReduceMax(masked, i(2)) less = Sub(masked, top) e = Exp(less)
+                all = ReduceSum(e, i(3)) weights = Div(e, all)"""
+        },
+        "expected the maximum over the last axis",
     ),
     "a softcap inside another": (
         {"scale": "s1 = Tanh(scores) s2 = Mul(s1, f(2)) s3 = Tanh(s2) scaled = Mul(s3, f(2))"},

@@ -13,30 +13,32 @@ from ..graph import Node, element_name
 from .decoder import Decoder, Port, is_float_cast
 from .layout import CacheView, cache_view, data_input, factor
 from .operands import cache_operand, cache_sizes
-from .scores import check_softmax, scores_before
+from .scores import scores_before
 from .site import Miss, MissError, Operand, Site
+from .softmax import Softmax, check_axis, read_softmax
 from .weights import check_reshapes, product_after
 
 FAMILY = "decomposed"
-ANCHORS = ("Softmax",)
+ANCHORS = ("Softmax", "Div")
 PORTS: Mapping[str, tuple[Port, ...]] = {}
 
 
 def match(decoder: Decoder, node: Node) -> Site | Miss | None:
-    """The site around a Softmax; None if it is not over a cache."""
+    """The site around a softmax that ends in this node; None if it is not over a cache."""
+    softmax = read_softmax(decoder, node)
     try:
-        return _match(decoder, node)
+        return None if softmax is None else _match(decoder, softmax)
     except MissError as miss:
         return Miss(node.name, str(miss))
 
 
-def _match(decoder: Decoder, softmax: Node) -> Site | None:
-    scores = scores_before(decoder, softmax)
+def _match(decoder: Decoder, softmax: Softmax) -> Site | None:
+    scores = scores_before(decoder, softmax.input)
     keys = None if scores is None else cache_view(decoder, scores.matmul.inputs[1])
     if scores is None or keys is None:
         return None
-    check_softmax(decoder, softmax)
-    product = product_after(decoder, softmax, scores.sink)
+    check_axis(decoder, softmax)
+    product = product_after(decoder, softmax.output, scores.sink)
     if product is None:
         raise MissError("the attention weights do not lead to one MatMul with the values of a cache")
     values = cache_view(decoder, product.matmul.inputs[1])
@@ -59,7 +61,7 @@ def _match(decoder: Decoder, softmax: Node) -> Site | None:
     for matmul in (scores.matmul, product.matmul):
         if matmul.attr("transBatchA", 0) or matmul.attr("transBatchB", 0):
             raise MissError(f"{matmul}: batch axes transposed on the fly; expected a Transpose of its own")
-    covered = {n.index for part in (scores, product) for n in part.nodes} | {softmax.index}
+    covered = {n.index for part in (scores, softmax, product) for n in part.nodes}
     return Site(
         layer=-1,
         family=FAMILY,

@@ -14,8 +14,8 @@ from ..graph import Node, element_name
 from .contrib import attention_scale, joined_cache, refuse
 from .decoder import PAST_LENGTH, Cache, Decoder, Port
 from .prologue import CONTRIB, Prologue
-from .scores import reduced_axes
 from .site import Added, MaskTerm, Miss, MissError, Operand, Site
+from .softmax import reduced_axes
 
 FAMILY = "gqa"
 ANCHORS = ("com.microsoft.GroupQueryAttention",)

@@ -8,15 +8,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..graph import Dim, Node
+from ..graph import Node
 from .decoder import Decoder, is_float_cast
 from .layout import data_input, scaled_input
 from .layout import factor as constant_factor
 from .site import Added, Filled, MaskTerm, MissError
+from .softmax import is_over_last_axis
 
 MATMULS = ("MatMul", "com.microsoft.FusedMatMul")
 LEAST_FILL = -1e30
-EXPLICIT_SOFTMAX_AXIS = 13
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,18 +31,9 @@ class Scores:
     nodes: tuple[Node, ...]
 
 
-def check_softmax(decoder: Decoder, node: Node) -> None:
-    """Raise MissError unless the softmax runs over the last axis."""
-    rank = decoder.shapes.rank(node.inputs[0])
-    axis = node.attr("axis", -1 if decoder.graph.opset >= EXPLICIT_SOFTMAX_AXIS else 1)
-    if axis != -1 and (rank is None or axis != rank - 1):
-        raise MissError(f"softmax over axis {axis}: expected the last axis, which holds the tokens")
-
-
-def scores_before(decoder: Decoder, softmax: Node) -> Scores | None:
-    """Walk back from the softmax; None if no MatMul lies behind it, MissError if something on the way is not known."""
-    walk = _Walk(decoder)
-    return walk.back(softmax.inputs[0])
+def scores_before(decoder: Decoder, logits: str) -> Scores | None:
+    """Walk back from a softmax's logits; None if no MatMul lies behind it, MissError if a step is not known."""
+    return _Walk(decoder).back(logits)
 
 
 class _Walk:
@@ -172,7 +163,7 @@ class _Walk:
         shift = self.decoder.graph.producer(node.inputs[1])
         if shift is None or shift.op != "ReduceMax" or shift.inputs[0] != node.inputs[0]:
             return None
-        if reduced_axes(self.decoder, shift) not in ([-1], [3]) or not shift.attr("keepdims", 1):
+        if not is_over_last_axis(self.decoder, shift):
             raise MissError(f"{shift}: expected the maximum over the last axis, kept")
         self.nodes.append(shift)
         return node.inputs[0]
@@ -204,15 +195,6 @@ def _reads_cache(decoder: Decoder, tensor: str) -> bool:
             return False
         tensor = source
     return True
-
-
-def reduced_axes(decoder: Decoder, node: Node) -> list[int] | None:
-    """Axes of a reduction, from its attribute or input."""
-    if node.input(1):
-        value = decoder.shapes.value(node.input(1))
-        return None if value is None or any(isinstance(x, Dim) for x in value.flat) else [int(x) for x in value.flat]
-    axes = node.attr("axes")
-    return None if axes is None else list(axes)
 
 
 def _text(shape: object) -> str:

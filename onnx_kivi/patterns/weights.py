@@ -20,9 +20,9 @@ class Product:
     nodes: tuple[Node, ...]
 
 
-def product_after(decoder: Decoder, softmax: Node, sink: str) -> Product | None:
+def product_after(decoder: Decoder, weights: str, sink: str) -> Product | None:
     """Walk on from the softmax to the MatMul with the values; None if it leads nowhere, MissError if it forks."""
-    graph, tensor, nodes, nan_to_zero, dropped = decoder.graph, softmax.outputs[0], [], False, not sink
+    graph, tensor, nodes, nan_to_zero, dropped = decoder.graph, weights, [], False, not sink
     while True:
         readers = list(graph.consumers(tensor))
         guard = _nan_guard(decoder, tensor, readers)
@@ -52,17 +52,20 @@ def product_after(decoder: Decoder, softmax: Node, sink: str) -> Product | None:
 
 
 def _nan_guard(decoder: Decoder, tensor: str, readers: list[Node]) -> list[Node] | None:
-    """The nodes IsNaN and Where of where(isnan(x), 0, x), if that is all that reads x."""
-    checks = [n for n in readers if n.op == "IsNaN"]
+    """The nodes (Cast,) IsNaN and Where of where(isnan(x), 0, x), if that is all that reads x."""
     wheres = [n for n in readers if n.op == "Where"]
-    if len(checks) != 1 or len(wheres) != 1 or len(readers) != 2:
+    others = [n for n in readers if n.op != "Where"]
+    if len(wheres) != 1 or len(others) != 1:
         return None
-    check, where = checks[0], wheres[0]
-    if where.inputs[0] != check.outputs[0] or where.inputs[2] != tensor:
+    where, nodes = wheres[0], others
+    if is_float_cast(decoder.shapes, nodes[0]):
+        nodes = [*nodes, *decoder.graph.consumers(nodes[0].outputs[0])]
+    check = nodes[-1]
+    if len(nodes) > 2 or check.op != "IsNaN" or where.inputs[0] != check.outputs[0] or where.inputs[2] != tensor:
         return None
     if decoder.shapes.scalar(where.inputs[1]) != 0.0:
         raise MissError(f"{where}: expected NaN to become 0")
-    return [check, where]
+    return [*nodes, where]
 
 
 def _drops_last(decoder: Decoder, node: Node) -> bool:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -103,27 +103,39 @@ def examine(model: Model) -> Findings:
     graph = Graph(model)
     if any(node.op.startswith(f"{DOMAIN}.") for node in graph.nodes):
         raise UnsupportedModelError(f"the model has {DOMAIN} nodes: it is already rewritten; start from the original")
+    other: frozenset[str] = frozenset()
+    while True:
+        decoder, plan, sites, missed = _search(graph, other)
+        left = {cache.input for cache in decoder.caches.values()} - {
+            name for site in sites for name in site.cache_inputs
+        }
+        if not sites or left <= other:
+            break
+        other |= left
+    missed += _unmatched(decoder, sites, bool(missed))
+    sites = _numbered(sites)
+    element = min((_roughest(decoder, site) for site in sites), key=ROUGHEST_FIRST.index, default="float")
+    return Findings(decoder, plan, Report(tuple(sites), tuple(missed), element, _rounds_activations(graph)))
+
+
+def _search(graph: Graph, other: Collection[str]) -> tuple[Decoder, Plan, list[Site], list[Miss]]:
+    """Sites that can be cut out together, where the `other` caches may have a length of their own, as a prompt has."""
     ports: dict[str, tuple[Port, ...]] = {op: ports for family in FAMILIES for op, ports in family.PORTS.items()}
-    decoder = read_decoder(graph, ports)
+    decoder = read_decoder(graph, ports, other)
     found = list(_matches(decoder))
     reader = FieldReader(decoder)
     sites = [with_mask_facts(decoder, reader, site) for site in found if isinstance(site, Site)]
     missed = [miss for miss in found if isinstance(miss, Miss)]
-    plan = Plan({}, {})
     while sites:
         refused = _unlike_a_cache(sites) or misses(decoder, sites)
         if not refused:
             planned = make_plan(decoder, sites)
             if isinstance(planned, Plan):
-                plan = planned
-                break
+                return decoder, planned, sites, missed
             refused = dict.fromkeys(range(len(sites)), planned)
         missed += dict.fromkeys(refused.values())
         sites = [site for i, site in enumerate(sites) if i not in refused]
-    missed += _unmatched(decoder, sites, bool(missed))
-    sites = _numbered(sites)
-    element = min((_roughest(decoder, site) for site in sites), key=ROUGHEST_FIRST.index, default="float")
-    return Findings(decoder, plan, Report(tuple(sites), tuple(missed), element, _rounds_activations(graph)))
+    return decoder, Plan({}, {}), sites, missed
 
 
 def _roughest(decoder: Decoder, site: Site) -> str:

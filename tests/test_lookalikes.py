@@ -95,6 +95,10 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         },
         "'past_0_key' joined .* returned as 'present_1_key'",
     ),
+    "a past of one length only": (
+        {"inputs": {"past_key": "float[B,2,5,8] past_0_key"}},
+        "declared to hold exactly 5 tokens",
+    ),
     "a factor counted by a range of floats": (
         {"scale": "r = Range(f(0), f(2.5), f(1)) rs = Shape(r) n = Cast<to=1>(rs) scaled = Mul(scores, n)"},
         "no attention family recognizes it",
@@ -187,3 +191,29 @@ def test_a_padding_row_that_a_finite_causal_fill_kept_finite_stays_finite(tmp_pa
     assert np.isfinite(expected).all()
     assert np.isfinite(got).all()
     assert np.abs(got - expected)[:, :, 1:].max() <= ROUNDING * np.ptp(expected)
+
+
+def test_a_prompt_joined_with_tokens_does_not_count_as_past(tmp_path: Path) -> None:
+    prompt = "tn = Add(pn, sn) ms = Shape(past_prompt) mn = Gather(ms, i(1)) en = Add(mn, sn) e = Squeeze(en)"
+    lines = PLACES.replace("p = Squeeze(pn)", "p = Squeeze(mn)").replace("tn = Add(pn, sn)", prompt)
+    model = decoder(
+        inputs={"mask": None, "prompt": "float[B,M,8] past_prompt"},
+        outputs={"embedded": "float[B,E,8] embedded"},
+        product="""scores = MatMul(query, kt) tokens = ReduceSum<keepdims=0>(query, i(1))
+            embedded = Concat<axis=1>(past_prompt, tokens)""",
+        mask=f"{lines.replace('Range(p, t, one)', 'Range(p, e, one)')} all = Identity(seen) {FILL}",
+    )
+    with pytest.raises(kivi.UnsupportedModelError, match="a cache that nothing reads"):
+        kivi.rewrite(model)
+    partial, _ = kivi.rewrite(model, kivi.KiviConfig(32, 32), partial=True)
+    kivi.save(partial, tmp_path / "out.onnx")
+    original = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    session, rng = kivi.Session(tmp_path / "out.onnx"), np.random.default_rng(0)
+    names = [o.name for o in original.get_outputs()]
+    past = {f"past_0_{side}": np.zeros((BATCH, 2, 0, 8), np.float32) for side in ("key", "value")}
+    for count, length in ((5, 0), (3, 2), (1, 9)):
+        new = feeds(rng, 0, count, model) | {"past_prompt": np.zeros((BATCH, length, 8), np.float32)}
+        before = dict(zip(names, original.run(None, new | past), strict=True))
+        got = session.run(["out"], new)[0]
+        assert np.abs(got - before["out"]).max() <= ROUNDING * np.ptp(before["out"])
+        past = {name: before[name.replace("past", "present")] for name in past}

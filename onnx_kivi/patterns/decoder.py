@@ -6,7 +6,7 @@ is, or inside a node that takes past and gives present (the `Port`s that familie
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -88,15 +88,15 @@ class Decoder:
         return frozenset(found)
 
 
-def read_decoder(graph: Graph, ports: Mapping[str, tuple[Port, ...]]) -> Decoder:
-    """Find the caches of a graph and infer its shapes with one past length for all of them."""
+def read_decoder(graph: Graph, ports: Mapping[str, tuple[Port, ...]], other: Collection[str] = ()) -> Decoder:
+    """Find the caches of a graph and infer its shapes with one past length for all but the `other` ones."""
     caches = tuple(_caches(graph, ports))
     past: dict[str, Shape] = {}
     for cache in caches:
         sizes = graph.inputs[cache.input].type.tensor_type.shape.dim
         past[cache.input] = tuple(
             symbol(PAST_LENGTH)
-            if i == cache.axis and not cache.fixed
+            if i == cache.axis and not cache.fixed and cache.input not in other
             else d.dim_value
             if d.HasField("dim_value")
             else symbol(d.dim_param or f"{cache.input}[{i}]")

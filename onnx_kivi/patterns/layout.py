@@ -64,6 +64,12 @@ def cache_view(decoder: Decoder, tensor: str) -> CacheView | None:
         raise MissError(
             f"cache {cache.input!r} is a buffer of fixed size; expected attention that is told how much it holds"
         )
+    declared = decoder.graph.inputs[cache.input].type.tensor_type.shape.dim[cache.axis]
+    if declared.HasField("dim_value"):
+        raise MissError(
+            f"cache {cache.input!r} is declared to hold exactly {declared.dim_value} tokens; export it with a "
+            "dynamic axis"
+        )
     shape = decoder.shapes.shape(tensor) or decoder.shapes.shape(cache.input)
     if shape is None or len(shape) != 4:
         raise MissError(f"cache {cache.input!r}: expected 4 axes, got {'unknown' if shape is None else len(shape)}")

@@ -22,18 +22,23 @@ struct TileLines {
     int64_t stride;
 };
 
-static inline TileLines tile_lines(const Side& side, int tile) {
-    const bool paired = tile / 2 * 2 + 1 < side.tiles;
-    if (!paired) return {tile * side.tile_bytes, LINE_BYTES};
-    return {tile / 2 * 2 * side.tile_bytes + tile % 2 * LINE_BYTES, 2 * LINE_BYTES};
+// Lanes of a group, padded to whole tiles.
+static inline int group_lanes(const Side& side, int group) {
+    const int left = side.lanes - group * side.lanes_padded;
+    return left < side.lanes_padded ? left : side.lanes_padded;
 }
 
-static inline int64_t group_code_bytes(const Side& side) { return side.tiles * side.tile_bytes; }
+static inline TileLines tile_lines(const Side& side, int group, int tile) {
+    const int64_t start = group * side.lanes_padded / TILE_LANES * side.tile_bytes;
+    const bool paired = (tile / 2 * 2 + 1) * TILE_LANES < group_lanes(side, group);
+    if (!paired) return {start + tile * side.tile_bytes, LINE_BYTES};
+    return {start + tile / 2 * 2 * side.tile_bytes + tile % 2 * LINE_BYTES, 2 * LINE_BYTES};
+}
 
 static inline CodePlace code_place(const Side& side, int group, int lane, int depth) {
     const int per_line = 32 / side.bits;
-    const TileLines lines = tile_lines(side, lane / TILE_LANES);
-    return {group * group_code_bytes(side) + lines.first + depth / per_line * lines.stride + 4 * (lane % TILE_LANES) +
+    const TileLines lines = tile_lines(side, group, lane / TILE_LANES);
+    return {lines.first + depth / per_line * lines.stride + 4 * (lane % TILE_LANES) +
                 depth % 4,
             depth % per_line / 4 * side.bits};
 }

@@ -108,16 +108,15 @@ static void dense_scores(const float* keys, int64_t stride, int64_t tokens, int6
     }
 }
 
-// sums (rows, groups * lanes_padded) += p (rows, tokens) times dense values.
+// sums (rows, side.lanes) += p (rows, tokens) times dense values.
 static void dense_values(const Side& side, const float* values, int64_t stride, int64_t tokens, const float* p,
                          int64_t p_stride, int64_t rows, float* sums, int64_t sums_stride, float* panel) {
-    const bool in_lane_order = side.size % TILE_LANES == 0 && (side.groups == 1 || side.group_size % TILE_LANES == 0) &&
-                               side.size == side.groups * side.lanes_padded;
+    const bool in_lane_order = side.size == side.lanes && (side.groups == 1 || side.group_size == side.lanes_padded);
     if (in_lane_order) {
         multiply_dense<true>(p, p_stride, rows, {values, stride, TILE_LANES}, tokens, side.size, sums, sums_stride);
         return;
     }
-    const int64_t lanes = int64_t(side.groups) * side.lanes_padded;
+    const int64_t lanes = side.lanes;
     for (int64_t first = 0; first < tokens; first += PANEL_TOKENS) {
         const int64_t count = tokens - first < PANEL_TOKENS ? tokens - first : PANEL_TOKENS;
         std::memset(panel, 0, size_t(count * lanes) * sizeof(float));

@@ -40,10 +40,10 @@ struct Side {
     int32_t bits;
     int32_t groups;
     int32_t group_size;    // lanes of a group; the last may hold fewer
-    int32_t lanes_padded;  // of one group, multiple of 16
+    int32_t lanes_padded;  // of one group, multiple of 16; groups are that far apart
+    int32_t lanes;         // of all groups: the last one is padded from its own lanes
     int32_t depth;
     int32_t depth_padded;  // multiple of 16
-    int32_t tiles;         // of one group
     int64_t tile_bytes;
     int64_t code_bytes;  // of all groups
     int64_t quantized_bytes;

@@ -6,20 +6,21 @@ namespace {
 
 int64_t padded(int64_t size, int64_t unit) { return (size + unit - 1) / unit * unit; }
 
-Side make_side(int32_t size, int32_t bits, int32_t tokens, int32_t lanes, int32_t groups, int32_t depth) {
+Side make_side(int32_t size, int32_t bits, int32_t tokens, int32_t all_lanes, int32_t lanes, int32_t depth) {
+    const int32_t groups = (all_lanes + lanes - 1) / lanes;
     Side side{};
     side.size = size;
     side.bits = bits;
     side.groups = groups;
     side.group_size = lanes;
     side.lanes_padded = int32_t(padded(lanes, TILE_LANES));
+    side.lanes = (groups - 1) * side.lanes_padded + int32_t(padded(all_lanes - (groups - 1) * lanes, TILE_LANES));
     side.depth = depth;
     side.depth_padded = int32_t(padded(depth, TILE_LANES));
     side.dense_bytes = padded(int64_t(tokens) * size * int64_t(sizeof(float)), LINE_BYTES);
-    side.tiles = side.lanes_padded / TILE_LANES;
     side.tile_bytes = int64_t(side.depth_padded) * bits / 32 * LINE_BYTES;
     if (bits != DENSE_BITS) {
-        side.code_bytes = groups * group_code_bytes(side);
+        side.code_bytes = side.lanes / TILE_LANES * side.tile_bytes;
         side.quantized_bytes = padded(param_offset(side, groups, 0), LINE_BYTES);
     }
     return side;
@@ -31,9 +32,8 @@ Layout make_layout(const SlotShape& shape) {
     const int32_t tokens = shape.block_tokens;
     const bool whole_row = shape.v_group_size == 0 || shape.v_group_size > shape.v_size;
     const int32_t group = whole_row ? shape.v_size : shape.v_group_size;
-    const int32_t groups = (shape.v_size + group - 1) / group;
-    return {shape, make_side(shape.k_size, shape.k_bits, tokens, tokens, 1, shape.k_size),
-            make_side(shape.v_size, shape.v_bits, tokens, group, groups, tokens)};
+    return {shape, make_side(shape.k_size, shape.k_bits, tokens, tokens, tokens, shape.k_size),
+            make_side(shape.v_size, shape.v_bits, tokens, shape.v_size, group, tokens)};
 }
 
 uint32_t least_dense(const Layout& layout) {

@@ -108,17 +108,16 @@ static void multiply_group(const Side& side, const unsigned char* data, const un
     for (int r = 0; r < ROWS; ++r)
         add_code_bias<BITS>(folded.base[r], folded.step[r], folded.row(r), side.depth_padded);
     const int lines = side.depth_padded * BITS / 32;
-    int lane = 0;
-    const auto codes_at = [&] {
-        return group * group_code_bytes(side) + tile_lines(side, lane / TILE_LANES).first + lane % TILE_LANES * 4;
-    };
-    for (; lane + PASS_VECTORS * W <= side.lanes_padded; lane += PASS_VECTORS * W)
-        dot_lanes<BITS, ROWS, PASS_VECTORS, ADD>(data + codes_at(), ahead + codes_at(),
-                                                 tile_lines(side, lane / TILE_LANES).stride, lines, folded, out + lane,
-                                                 out_stride);
-    if (lane < side.lanes_padded)
-        dot_lanes<BITS, ROWS, 1, ADD>(data + codes_at(), ahead + codes_at(), LINE_BYTES, lines, folded, out + lane,
-                                      out_stride);
+    const int lanes = group_lanes(side, group);
+    for (int lane = 0; lane < lanes; lane += PASS_VECTORS * W) {
+        const TileLines tile = tile_lines(side, group, lane / TILE_LANES);
+        const int64_t at = tile.first + lane % TILE_LANES * 4;
+        if (lane + PASS_VECTORS * W <= lanes)
+            dot_lanes<BITS, ROWS, PASS_VECTORS, ADD>(data + at, ahead + at, tile.stride, lines, folded, out + lane,
+                                                     out_stride);
+        else
+            dot_lanes<BITS, ROWS, 1, ADD>(data + at, ahead + at, tile.stride, lines, folded, out + lane, out_stride);
+    }
 }
 
 template <int BITS, bool ADD>
@@ -143,7 +142,7 @@ static void multiply_rows(const Side& side, const unsigned char* data, const uns
     }
 }
 
-// All groups and rows of one side: x (rows, depth_padded; zero beyond depth) -> out (rows, groups * lanes_padded).
+// All groups and rows of one side: x (rows, depth_padded; zero beyond depth) -> out (rows, side.lanes).
 // `ahead` is the side's data in the block that comes next: it is prefetched while this one is read.
 template <bool ADD>
 static void multiply_quantized(const Side& side, const unsigned char* data, const unsigned char* ahead, const float* x,

@@ -11,10 +11,6 @@ constexpr int64_t SUM_LANES = 16;     // lanes of a row's running sum of exponen
 
 static inline int64_t whole_tiles(int64_t size) { return (size + TILE_LANES - 1) / TILE_LANES * TILE_LANES; }
 
-static inline int64_t value_lanes(const Layout& layout) {
-    return int64_t(layout.value.groups) * layout.value.lanes_padded;
-}
-
 // Offsets in floats, each on a line; `rows` query rows share the task's kv head.
 struct Scratch {
     int64_t query;    // (rows, query_stride)
@@ -34,7 +30,7 @@ static inline Scratch make_scratch(const Layout& layout, int64_t rows) {
     Scratch s{};
     const int64_t block = whole_tiles(layout.shape.block_tokens);
     const int64_t depth = layout.key.depth_padded > block ? layout.key.depth_padded : block;
-    const int64_t lanes = value_lanes(layout);
+    const int64_t lanes = layout.value.lanes;
     s.query_stride = layout.key.depth_padded;
     s.scores_stride = block > PANEL_TOKENS ? block : PANEL_TOKENS;
     s.lanes = lanes;
@@ -49,6 +45,6 @@ static inline Scratch make_scratch(const Layout& layout, int64_t rows) {
 }
 
 // A row's share of the workspace where tokens are split: peak, total, value sums.
-static inline int64_t partial_floats(const Layout& layout) { return whole_tiles(2) + value_lanes(layout); }
+static inline int64_t partial_floats(const Layout& layout) { return whole_tiles(2) + layout.value.lanes; }
 
 }  // namespace onnx_kivi

@@ -262,6 +262,27 @@ NEAR_MISSES: dict[str, tuple[dict[str, Any], str]] = {
         {"softmax": "e = Exp(masked) all = ReduceSum(e, i(3)) weights = Div(e, all)"},
         "no attention family recognizes it",
     ),
+    "softmax written out, divided by another sum": (
+        {
+            "softmax": """top = ReduceMax(masked, i(-1)) less = Sub(masked, top) e = Exp(less)
+                all = ReduceSum(less, i(3)) weights = Div(e, all)"""
+        },
+        "no attention family recognizes it",
+    ),
+    "softmax written out, its sum without an axis": (
+        {
+            "inputs": {"query": "float[B,4,1,8] query", "mask": None},
+            "outputs": {"out": "float[B,4,1,8] out"},
+            "mask": "masked = Identity(scaled)",
+            "softmax": """top = ReduceMax(masked, i(-1)) less = Sub(masked, top) e = Exp(less)
+                all = ReduceSum<keepdims=0>(e, i(3)) weights = Div(e, all)""",
+        },
+        "no attention family recognizes it",
+    ),
+    "a guard against infinities": (
+        {"guard": "bad = IsInf(weights) clean = Where(bad, f(0), weights)", "values": "out = MatMul(clean, v)"},
+        "are read by IsInf",
+    ),
     "the maximum over the queries": (
         {
             "softmax": """top = ReduceMax(masked, i(2)) less = Sub(masked, top) e = Exp(less)

@@ -18,7 +18,7 @@ import numpy.typing as npt
 import onnx
 from onnx import shape_inference
 
-from .dims import Dim, TooComplexError, substitute, symbol
+from .dims import Dim, substitute, symbol
 from .known import Known, Sizes, UnknownError, Values
 from .shape_rules import BOOL_OPERATORS, ELEMENT_SOURCES, SHAPE_RULES
 from .value_rules import MAX_VALUES, VALUE_RULES
@@ -26,6 +26,8 @@ from .view import Graph, Node
 
 MAX_PASSES = 4
 MAX_SYMBOLIC_VALUES = 8
+# What rules raise for a node that no operator's specification allows: one about which nothing is known.
+MALFORMED = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
 VALUE_TYPES = (
     onnx.TensorProto.INT64,
     onnx.TensorProto.INT32,
@@ -166,23 +168,24 @@ class _Pass:
         if tensor is not None and (np.prod(tensor.dims) > MAX_VALUES or tensor.data_type not in VALUE_TYPES):
             return None
         array = self.graph.constant(name)
-        return None if array is None or array.size > MAX_VALUES else _objects(array)
+        return None if array is None else _objects(array)
 
     def _outputs(self, node: Node) -> Sequence[Known]:
         inputs = [self.operands.get(name) for name in node.inputs]
         if node.op == "Constant":
             array = self.graph.constant(node.outputs[0])
             if array is not None:
-                value = _objects(array) if array.size <= MAX_VALUES else None
-                return [Known(int(onnx.helper.np_dtype_to_tensor_dtype(array.dtype)), array.shape, value)]
+                element = int(onnx.helper.np_dtype_to_tensor_dtype(array.dtype))
+                return [Known(element, array.shape, _objects(array))]
         declared = self._node_inference(node, inputs)
-        with contextlib.suppress(UnknownError, TooComplexError):
+        with contextlib.suppress(UnknownError, *MALFORMED):
             value = self._value(node, inputs)
             if value is not None:
                 return [Known(declared[0].element, value.shape, value), *declared[1:]]
-        with contextlib.suppress(UnknownError, TooComplexError):
+        with contextlib.suppress(UnknownError, *MALFORMED):
             for i, shape in enumerate(self._shapes(node, inputs)):
-                declared[i] = Known(declared[i].element, shape or declared[i].shape)
+                if all(size is None or isinstance(size, Dim) or type(size) is int for size in shape or ()):
+                    declared[i] = Known(declared[i].element, shape or declared[i].shape)
         return [self._complete(name, d) for name, d in zip(node.outputs, declared, strict=True)]
 
     def _shapes(self, node: Node, inputs: Sequence[Known | None]) -> Sequence[Sizes | None]:
@@ -266,7 +269,10 @@ class _Pass:
         return Known(tensor.elem_type, tuple(sizes))  # type: ignore[arg-type]
 
 
-def _objects(array: npt.NDArray[Any]) -> Values:
+def _objects(array: npt.NDArray[Any]) -> Values | None:
+    """The numbers of a small array."""
+    if array.size > MAX_VALUES or array.dtype.kind in "OSUc":
+        return None
     numbers = array if array.dtype.kind in "iub" else array.astype(float)
     out = np.empty(array.size, dtype=object)
     out[:] = numbers.ravel().tolist()

@@ -79,6 +79,7 @@ class Graph:
         self._consumers: dict[str, list[Node]] = {}
         known = {*self.inputs, *self.initializers, *(t.values.name for t in graph.sparse_initializer), ""}
         for node in self.nodes:
+            _check(node, self.opset)
             for name in (*node.inputs, *node.captured):
                 if name not in known:
                     raise UnsupportedModelError(f"{node}: expected inputs made by an earlier node, got {name!r}")
@@ -131,6 +132,25 @@ def _node(index: int, proto: onnx.NodeProto) -> Node:
         captured=frozenset(_captured(proto)),
         proto=proto,
     )
+
+
+def _check(node: Node, opset: int) -> None:
+    """Raise UnsupportedModelError for a node of ai.onnx whose inputs or attributes its schema does not allow."""
+    if "." in node.op or not onnx.defs.has(node.op, opset):
+        return
+    schema = onnx.defs.get_schema(node.op, opset)
+    for what, count, least, most in (
+        ("inputs", len(node.inputs), schema.min_input, schema.max_input),
+        ("outputs", len(node.outputs), schema.min_output, schema.max_output),
+    ):
+        if not least <= count <= most:
+            raise UnsupportedModelError(f"{node}: expected {least} to {most} {what}, got {count}")
+    for attribute in node.proto.attribute:
+        declared = schema.attributes.get(attribute.name)
+        if declared is not None and attribute.type != declared.type.value:  # type: ignore[attr-defined]
+            raise UnsupportedModelError(
+                f"{node}: attribute {attribute.name!r} is not of the type that its operator expects"
+            )
 
 
 def element_name(info: onnx.ValueInfoProto) -> str:

@@ -1,0 +1,98 @@
+"""Models that no operator's specification allows are refused in one line, or read as far as can be; never a crash."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+
+import onnx
+import pytest
+from onnx import AttributeProto, NodeProto, TensorProto, helper
+
+import onnx_kivi as kivi
+from graphs import decoder
+
+
+def without_inputs(node: NodeProto) -> None:
+    del node.input[:]
+
+
+def with_one_input(node: NodeProto) -> None:
+    del node.input[1:]
+
+
+def with_many_inputs(node: NodeProto) -> None:
+    node.input.extend(["key"] * 9)
+
+
+def without_outputs(node: NodeProto) -> None:
+    del node.output[:]
+
+
+def with_text_attributes(node: NodeProto) -> None:
+    for attribute in node.attribute:
+        attribute.type, attribute.s = AttributeProto.STRING, b"x"
+
+
+def with_wild_attributes(node: NodeProto) -> None:
+    for attribute in node.attribute:
+        attribute.i, attribute.ints[:] = 99, [9, -99, 3]
+
+
+DAMAGES = (
+    without_inputs,
+    with_one_input,
+    with_many_inputs,
+    without_outputs,
+    with_text_attributes,
+    with_wild_attributes,
+)
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("index", range(len(decoder().graph.node)))
+def test_a_damaged_node_is_refused_or_read(damage: Callable[[NodeProto], None], index: int) -> None:
+    model = decoder()
+    damage(model.graph.node[index])
+    with contextlib.suppress(kivi.UnsupportedModelError):
+        kivi.inspect(model)
+
+
+def test_what_a_node_may_have_is_said() -> None:
+    model = decoder()
+    without_inputs(model.graph.node[0])
+    with pytest.raises(kivi.UnsupportedModelError, match=r"Concat .*: expected 1 to \d+ inputs, got 0"):
+        kivi.inspect(model)
+    model = decoder()
+    with_text_attributes(model.graph.node[0])
+    with pytest.raises(kivi.UnsupportedModelError, match="'axis' is not of the type that its operator expects"):
+        kivi.inspect(model)
+
+
+@pytest.mark.parametrize(
+    "tensor",
+    [
+        helper.make_tensor("strange", TensorProto.STRING, [2], [b"a", b"b"]),
+        helper.make_tensor("strange", TensorProto.COMPLEX64, [1], [1 + 2j]),
+        helper.make_tensor("strange", TensorProto.FLOAT, [1], [float("inf")]),
+        helper.make_tensor("strange", TensorProto.FLOAT, [1], [float("nan")]),
+    ],
+)
+def test_constants_of_any_kind_are_read_over(tensor: TensorProto) -> None:
+    model = decoder()
+    model.graph.node.append(helper.make_node("Constant", [], ["strange"], value=tensor))
+    model.graph.node.append(helper.make_node("Cast", ["strange"], ["number"], to=onnx.TensorProto.INT64))
+    model.graph.node.append(helper.make_node("Reshape", ["key", "number"], ["shaped"]))
+    assert len(kivi.inspect(model).sites) == 1
+
+
+@pytest.mark.parametrize(
+    "guard",
+    [
+        "a = Equal(i(1,2), i(1,2,3)) b = Where(a, i(4), i(5))",
+        "a = Equal(i(1,2), i(1,2)) b = Where(i(4,4), a, i(5,5)) c = Reshape(key, b) d = Relu(c)",
+    ],
+    ids=["sizes that don't fit", "a condition as sizes"],
+)
+def test_values_that_make_no_sense_are_unknown(guard: str) -> None:
+    assert len(kivi.inspect(decoder(guard=guard)).sites) == 1

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,6 +16,7 @@ from .graph import Graph, Model, Node, load
 from .graph.dims import TooComplexError
 from .patterns import FAMILIES, Cache, Decoder, Miss, Port, Site, read_decoder
 from .patterns.field_reader import FieldReader
+from .patterns.latent import projection
 from .patterns.mask import with_mask_facts
 from .plan import Plan, make_plan, misses
 from .savings import savings
@@ -25,6 +26,7 @@ OPSETS = range(11, 27)
 ROUNDS_ACTIVATIONS = ("DynamicQuantizeLinear", "com.microsoft.DynamicQuantizeMatMul", "com.microsoft.QAttention")
 INT8_ACCURACY_LEVEL = 4
 ROUGHEST_FIRST = ("bfloat16", "float16", "float")
+LATENT = "so that this is not a key/value cache; export a decoder that keeps keys and values of each head"
 MERGED = (
     "the layers lie inside the branches of this node (a merged decoder); export without merging and rewrite the "
     "decoder that takes a past"
@@ -222,8 +224,9 @@ def _unmatched(decoder: Decoder, sites: Sequence[Site], explained: bool) -> Iter
     taken = {name for site in sites for name in site.cache_inputs}
     left = [cache for cache in decoder.caches.values() if cache.input not in taken]
     if not explained:
+        latent = {cache.input: node for cache in left if (node := projection(decoder, cache)) is not None}
         for cache in left:
-            yield Miss(cache.input, _unread(decoder, cache))
+            yield Miss(cache.input, _unread(decoder, cache, latent))
     readers: dict[Node, list[str]] = {}
     for name in decoder.unjoined:
         reader = next((n for n in decoder.graph.consumers(name) if n.op != "Shape"), None)
@@ -240,7 +243,12 @@ def _unmatched(decoder: Decoder, sites: Sequence[Site], explained: bool) -> Iter
         yield Miss("model", "no input is a cache: none is joined with new tokens; export the decoder with past inputs")
 
 
-def _unread(decoder: Decoder, cache: Cache) -> str:
+def _unread(decoder: Decoder, cache: Cache, latent: Mapping[str, Node]) -> str:
+    names = (cache.input, *(name for name in latent if _layer(name) == _layer(cache.input) is not None))
+    beside = next((name for name in names if name in latent), None)
+    if beside is not None:
+        name = "it" if cache.input == beside else repr(beside)
+        return f"latent cache: {latent[beside]} projects {name} up in each run, {LATENT}"
     readers = [n for n in decoder.graph.consumers(cache.joined) if n.op != "Shape" and n.index not in cache.nodes]
     if not readers:
         return "a cache that nothing reads"

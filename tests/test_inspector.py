@@ -72,6 +72,18 @@ def test_a_cache_that_never_grows_is_neither_site_nor_miss() -> None:
     assert not report.misses
 
 
+def test_a_latent_cache_is_named_as_such_and_so_is_the_one_beside_it() -> None:
+    model = decoder(
+        inputs={"up": "float[8,8] tokens"},
+        repeat_key="""flat = Reshape(present_0_key, i(0,2,-1,8)) eye = EyeLike<dtype=1>(tokens)
+            weight = Reshape(f(1,0,0,1,2,3,4,5), i(8,1)) projected = MatMul(flat, weight) k = MatMul(flat, eye)""",
+        repeat_value="v = Identity(present_0_value)",
+    )
+    reasons = {miss.node: miss.reason for miss in kivi.inspect(model).misses}
+    assert "latent cache: MatMul 'projected' projects it up" in reasons["past_0_key"]
+    assert "latent cache: MatMul 'projected' projects 'past_0_key' up" in reasons["past_0_value"]
+
+
 def test_an_attention_without_cache_is_no_miss() -> None:
     model = decoder(
         outputs={"more": "float[B,2,S,8] more"},

@@ -276,6 +276,30 @@ def test_a_window_sized_buffer_is_replaced_by_the_whole_cache_and_a_window(tmp_p
         assert np.abs(got - expected).max() <= ROUNDING * np.ptp(expected)
 
 
+def test_verify_gives_a_window_sized_buffer_its_room(tmp_path: Path) -> None:
+    model = gqa(
+        ", local_window_size=4, sliding_window_cache=1",
+        operands="query, , ",
+        inputs={
+            **PACKED,
+            **SUMMED,
+            "query": "int64[B,S] input_ids",
+            "total": None,
+            "past_key": "float[B,2,C,16] past_0_key",
+            "past_value": "float[B,2,C,16] past_0_value",
+        },
+        front=f"{SUM} query = Gather(table, input_ids)",
+    )
+    table = np.random.default_rng(0).standard_normal((100, 128), np.float32)
+    model.graph.initializer.append(onnx.numpy_helper.from_array(table, "table"))
+    onnx.save(model, tmp_path / "original.onnx")
+    config = kivi.KiviConfig(8, 8, block_tokens=8, residual_length=0, sink_length=0)
+    kivi.save(kivi.rewrite(model, config)[0], tmp_path / "model.onnx")
+    result = kivi.verify(tmp_path / "original.onnx", tmp_path / "model.onnx")
+    assert result.ok, result
+    assert result.sealed_tokens > 0
+
+
 QUANTIZED = {"past_key": "int8[B,2,P,16] past_0_key", "past_value": "int8[B,2,P,16] past_0_value"}
 NEAR_MISSES: dict[str, tuple[dict[str, Any], str]] = {
     "not causal": ({"attributes": ", causal=0"}, "causal=0"),

@@ -99,6 +99,10 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         {"inputs": {"past_key": "float[B,2,5,8] past_0_key"}},
         "declared to hold exactly 5 tokens",
     ),
+    "a factor that does not fit its type": (
+        {"scale": "c = Cast<to=2>(f(300)) n = Cast<to=1>(c) scaled = Mul(scores, n)"},
+        "no attention family recognizes it",
+    ),
     "a factor counted by a range of floats": (
         {"scale": "r = Range(f(0), f(2.5), f(1)) rs = Shape(r) n = Cast<to=1>(rs) scaled = Mul(scores, n)"},
         "no attention family recognizes it",
@@ -131,6 +135,11 @@ SAME: dict[str, dict[str, Any]] = {
     "as many rows as an input says, here 1": {
         "inputs": INPUTS | {"query_rows": "int64[1] rows"},
         "mask": f"{PLACES} sign = Sign(rows) n = Max(sign, i(1)) all = Slice(seen, i(0), n, i(0)) {FILL}",
+    },
+    "padding by fractions, cut to whole numbers": {
+        "inputs": {"mask": "float[B,T] share"},
+        "mask": f"""{PLACES} whole = Cast<to=7>(share) attention_mask = Identity(whole)
+            {PADDING} all = And(held4, held4) {FILL}""",
     },
     "a factor after the fill": {
         "inputs": {"mask": "bool[B,1,S,T] seen"},

@@ -184,7 +184,9 @@ class _Pass:
                 return [Known(declared[0].element, value.shape, value), *declared[1:]]
         with contextlib.suppress(UnknownError, *MALFORMED):
             for i, shape in enumerate(self._shapes(node, inputs)):
-                if all(size is None or isinstance(size, Dim) or type(size) is int for size in shape or ()):
+                if all(
+                    size is None or isinstance(size, Dim) or (type(size) is int and size >= 0) for size in shape or ()
+                ):
                     declared[i] = Known(declared[i].element, shape or declared[i].shape)
         return [self._complete(name, d) for name, d in zip(node.outputs, declared, strict=True)]
 
@@ -212,7 +214,7 @@ class _Pass:
         if operand.element != onnx.TensorProto.INT64 or shape is None or len(shape) > 1:
             return operand
         count = shape[0] if shape else 1
-        if not isinstance(count, int) or count > MAX_SYMBOLIC_VALUES:
+        if not isinstance(count, int) or not 0 <= count <= MAX_SYMBOLIC_VALUES:
             return operand
         value = np.empty(count, dtype=object)
         value[:] = [self._fresh(f"{name}{{{i}}}") for i in range(count)]

@@ -14,7 +14,7 @@ import onnx
 
 from .dims import Dim, divide
 from .known import Known, UnknownError, Values, axes_of, ints, known_shape, slices, value_of
-from .view import Node
+from .view import FLOATS, INTEGERS, Node
 
 MAX_VALUES = 64
 
@@ -45,7 +45,9 @@ def _cast(node: Node, inputs: Sequence[Known]) -> Values:
     to = node.attr("to")
     if to == onnx.TensorProto.BOOL:
         return _map(lambda x: _equal(x, 0) is False, inputs[0])
-    integer = to in (onnx.TensorProto.INT64, onnx.TensorProto.INT32)
+    integer = to in INTEGERS
+    if not (integer or to in FLOATS or to == onnx.TensorProto.DOUBLE):
+        raise UnknownError
     return _map(lambda x: x if isinstance(x, Dim) else int(x) if integer else float(x), inputs[0])
 
 

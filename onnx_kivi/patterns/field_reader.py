@@ -122,7 +122,8 @@ class FieldReader:
             return field if isinstance(field, Truth) else as_truth(to_cases(field), is_zero).negated()
         if to in FLOATS:
             return to_cases(field)
-        if to in INTEGERS and isinstance(field, (Affine, Element)):
+        whole = self._decoder.shapes.element(node.inputs[0]) not in FLOATS
+        if to in INTEGERS and whole and isinstance(field, (Affine, Element)):
             return field
         raise UnreadableError(str(node))
 

@@ -38,8 +38,7 @@ static inline TileLines tile_lines(const Side& side, int group, int tile) {
 static inline CodePlace code_place(const Side& side, int group, int lane, int depth) {
     const int per_line = 32 / side.bits;
     const TileLines lines = tile_lines(side, group, lane / TILE_LANES);
-    return {lines.first + depth / per_line * lines.stride + 4 * (lane % TILE_LANES) +
-                depth % 4,
+    return {lines.first + depth / per_line * lines.stride + 4 * (lane % TILE_LANES) + depth % 4,
             depth % per_line / 4 * side.bits};
 }
 

@@ -276,6 +276,14 @@ def test_a_window_sized_buffer_is_replaced_by_the_whole_cache_and_a_window(tmp_p
         assert np.abs(got - expected).max() <= ROUNDING * np.ptp(expected)
 
 
+def test_the_size_of_a_window_sized_buffer_is_no_past_length() -> None:
+    """What reads it gets the buffer's size in the original, which nothing knows once the buffer is gone."""
+    sized = {"front": "sizes = Shape(past_0_key)", "gives": {"sizes": "int64[4] sizes"}}
+    report = kivi.inspect(gqa(", local_window_size=4, sliding_window_cache=1", **sized))
+    assert any("is known from the cache only" in miss.reason for miss in report.misses), report
+    assert not kivi.inspect(gqa(", local_window_size=4", **sized)).misses
+
+
 def test_verify_gives_a_window_sized_buffer_its_room(tmp_path: Path) -> None:
     model = gqa(
         ", local_window_size=4, sliding_window_cache=1",

@@ -13,6 +13,7 @@ import pytest
 import onnx_kivi as kivi
 from graphs import BATCH, LINES, decoder, feeds, replay
 from test_mask import FILL, INPUTS, PADDING, PLACES
+from test_rewriter import half
 
 ROUNDING = 2e-6  # sums of at most 16 float32 products of order 1, taken in another order
 HALF_ROUNDING = 2e-3  # float16 has 11 bits; the original rounds scores, weights and sums to it, the op only its ends
@@ -182,6 +183,13 @@ def test_attention_in_half_precision_over_caches_that_are_not(tmp_path: Path) ->
     assert kivi.inspect(model).element == "float16"
     for expected, got in replay(model, tmp_path):
         assert np.abs(got - expected).max() <= HALF_ROUNDING * np.ptp(expected)
+
+
+def test_the_lowest_float16_hides_where_scores_are_float16(tmp_path: Path) -> None:
+    lowest = {"inputs": {"mask": "bool[B,1,S,T] seen"}, "mask": "masked = Where(seen, scaled, f(-65504))"}
+    assert "expected a fill of at most -1e+30" in kivi.inspect(decoder(**lowest)).misses[0].reason
+    for expected, got in replay(half(decoder(**lowest)), tmp_path):
+        assert np.abs(got.astype(np.float32) - expected).max() <= HALF_ROUNDING * np.ptp(expected)
 
 
 def test_a_padding_row_that_a_finite_causal_fill_kept_finite_stays_finite(tmp_path: Path) -> None:

@@ -91,9 +91,10 @@ def test_constants_of_any_kind_are_read_over(tensor: TensorProto) -> None:
     [
         "a = Equal(i(1,2), i(1,2,3)) b = Where(a, i(4), i(5))",
         "a = Equal(i(1,2), i(1,2)) b = Where(i(4,4), a, i(5,5)) c = Reshape(key, b) d = Relu(c)",
+        "a = Cast<to=7>(f(3.0e38)) b = Reshape(a, i(1)) c = Reshape(key, b) d = Relu(c)",
         "a = ConstantOfShape<value=int64[1] {1}>(i(-2)) b = Neg(a)",
     ],
-    ids=["sizes that don't fit", "a condition as sizes", "a negative size"],
+    ids=["sizes that don't fit", "a condition as sizes", "a number beyond integers", "a negative size"],
 )
 def test_values_that_make_no_sense_are_unknown(guard: str) -> None:
     assert len(kivi.inspect(decoder(guard=guard)).sites) == 1

@@ -17,6 +17,7 @@ from .known import Known, UnknownError, Values, axes_of, ints, known_shape, slic
 from .view import FLOATS, INTEGERS, Node
 
 MAX_VALUES = 64
+MAX_INTEGER = 1 << 63
 
 
 def _array(items: Sequence[Any], shape: tuple[int, ...] | None = None) -> Values:
@@ -48,7 +49,10 @@ def _cast(node: Node, inputs: Sequence[Known]) -> Values:
     integer = to in INTEGERS
     if not (integer or to in FLOATS or to == onnx.TensorProto.DOUBLE):
         raise UnknownError
-    return _map(lambda x: x if isinstance(x, Dim) else int(x) if integer else float(x), inputs[0])
+    out = _map(lambda x: x if isinstance(x, Dim) else int(x) if integer else float(x), inputs[0])
+    if any(isinstance(x, int) and abs(x) >= MAX_INTEGER for x in out.flat):
+        raise UnknownError
+    return out
 
 
 def _divide(x: Any, y: Any) -> Any:
@@ -98,7 +102,7 @@ def _arithmetic(function: Callable[..., Any]) -> Callable[[Node, Sequence[Known]
             out = _map(function, *inputs)
         except TypeError:
             raise UnknownError from None
-        if any(isinstance(x, int) and abs(x) >= 1 << 63 for x in out.flat):
+        if any(isinstance(x, int) and abs(x) >= MAX_INTEGER for x in out.flat):
             raise UnknownError
         return out
 

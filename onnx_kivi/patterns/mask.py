@@ -17,11 +17,10 @@ from .decoder import PAST_LENGTH, Decoder
 from .field_reader import FieldReader
 from .fields import NEVER, AtMostZero, Element, Literal, Truth, UnreadableError, affine, composed, equivalent
 from .prologue import Prologue
-from .scores import LEAST_FILL
+from .scores import least_fill
 from .site import Added, Filled, MaskTerm, Site
 
 QUERY, KEY = 2, 3
-HALF_FILL = -6e4
 FLOAT_MAX = 3.4028235e38
 
 
@@ -40,9 +39,9 @@ def with_mask_facts(decoder: Decoder, reader: FieldReader, site: Site) -> Site:
     new_tokens, prologue = _new_tokens(decoder, site), Prologue(decoder.graph)
     terms: list[MaskTerm] = []
     causal, window, hard = site.is_causal, site.window, True
-    least_fill = HALF_FILL if decoder.element(site.query.tensor, site.element) == "float16" else LEAST_FILL
+    least = least_fill(decoder.element(site.query.tensor, site.element))
     for term in (part for whole in site.mask for part in _parts(decoder, reader, whole)):
-        hidden = _hidden(decoder, reader, term, least_fill)
+        hidden = _hidden(decoder, reader, term, least)
         unbound = hidden is not None and hidden.window and not (hidden.causal or causal)
         if hidden is None or unbound or (hidden.padding and new_tokens is None):
             terms.append(term)

@@ -17,6 +17,7 @@ from .softmax import is_over_last_axis
 
 MATMULS = ("MatMul", "com.microsoft.FusedMatMul")
 LEAST_FILL = -1e30
+LEAST_HALF_FILL = -6e4
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +35,11 @@ class Scores:
 def scores_before(decoder: Decoder, logits: str) -> Scores | None:
     """Walk back from a softmax's logits; None if no MatMul lies behind it, MissError if a step is not known."""
     return _Walk(decoder).back(logits)
+
+
+def least_fill(element: str) -> float:
+    """The fill at and below which a score of this type counts as hidden, whatever the other scores."""
+    return LEAST_HALF_FILL if element == "float16" else LEAST_FILL
 
 
 class _Walk:
@@ -115,8 +121,9 @@ class _Walk:
         fill = self.decoder.shapes.scalar(fill_tensor)
         if fill is None:
             return None
-        if fill > LEAST_FILL:
-            raise MissError(f"{node}: expected a fill of at most {LEAST_FILL:g} (or -inf), got {fill}")
+        least = least_fill(self.decoder.element(source, ""))
+        if fill > least:
+            raise MissError(f"{node}: expected a fill of at most {least:g} (or -inf), got {fill}")
         self._no_mask_before_cap(node)
         self.mask.append(Filled(condition, keep, fill, *self._lie(node, source, condition)))
         return source

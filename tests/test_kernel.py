@@ -44,7 +44,7 @@ def level(request: pytest.FixtureRequest) -> Iterator[Backend]:
 
 
 def sealed(backend: Backend, keys: np.ndarray, values: np.ndarray, **options: object) -> tuple[object, object]:
-    """Both sides of the one block that tokens (Hkv, T, D) are sealed into, and the tokens it came from."""
+    """Both sides of the one block that tokens (Hkv, T, D) are sealed into."""
     node = stepping.sdpa(block_tokens=keys.shape[1], sink_length=0, **options)
     handle = backend.new_cache()
     try:

@@ -56,7 +56,7 @@ static inline I load_line(const unsigned char* p) { return _mm256_load_si256((co
 template <int BITS>
 static inline I code_bytes(I line, int part) {
     if (BITS == 8) return line;
-    return _mm256_and_si256(_mm256_srli_epi16(line, part * BITS), _mm256_set1_epi8((1 << BITS) - 1));
+    return _mm256_and_si256(_mm256_srli_epi16(line, part * BITS), _mm256_set1_epi8(char((1 << BITS) - 1)));
 }
 template <int BITS>
 static inline void add_code_bias(float&, float, const int32_t*, int) {}

@@ -66,7 +66,7 @@ static inline I load_line(const unsigned char* p) { return _mm512_load_si512(p);
 template <int BITS>
 static inline I code_bytes(I line, int part) {
     if (BITS == 8) return line;
-    return _mm512_and_si512(_mm512_srli_epi16(line, unsigned(part * BITS)), _mm512_set1_epi8((1 << BITS) - 1));
+    return _mm512_and_si512(_mm512_srli_epi16(line, unsigned(part * BITS)), _mm512_set1_epi8(char((1 << BITS) - 1)));
 }
 template <int BITS>
 static inline void add_code_bias(float&, float, const int32_t*, int) {}

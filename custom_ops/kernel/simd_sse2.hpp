@@ -58,7 +58,7 @@ static inline I load_line(const unsigned char* p) { return _mm_load_si128((const
 template <int BITS>
 static inline I code_bytes(I line, int part) {
     if (BITS == 8) return line;
-    return _mm_and_si128(_mm_srli_epi16(line, part * BITS), _mm_set1_epi8((1 << BITS) - 1));
+    return _mm_and_si128(_mm_srli_epi16(line, part * BITS), _mm_set1_epi8(char((1 << BITS) - 1)));
 }
 template <int BITS>
 static inline void add_code_bias(float&, float, const int32_t*, int) {}

@@ -5,10 +5,10 @@
 // prints COUNT new tokens, then what the cache holds. Build it against onnxruntime's headers (Debian: package
 // libonnxruntime-dev) and library, and libonnx_kivi with its header:
 //
-//   g++ -std=c++20 generate.cpp -I ONNXRUNTIME/include -I ONNX_KIVI/custom_ops/include
-//       libonnxruntime.so libonnx_kivi.so -o generate
+//   g++ -std=c++20 generate.cpp -I ONNXRUNTIME/include -I ONNX_KIVI/include libonnxruntime.so libonnx_kivi.so -o generate
 //
-// `python -c "import onnx_kivi; print(onnx_kivi.library_path())"` says where an installed package has the library.
+// `python -c "import onnx_kivi; print(onnx_kivi.library_path())"` says where an installed package has the library; the
+// folder `include` is beside it.
 #include <onnx_kivi.h>
 #include <onnxruntime_cxx_api.h>
 

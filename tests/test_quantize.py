@@ -125,6 +125,14 @@ def test_outlier_channels_need_keys_per_channel():
     assert error[0] * 8 < error[1]
 
 
+@pytest.mark.parametrize("low", [0.0, -1.0])
+@pytest.mark.parametrize("bits", [1, 2, 8])
+def test_quant_dequant_spans_float32(low, bits):
+    largest = np.finfo(np.float32).max
+    x = np.array([low * largest, largest], np.float32)
+    np.testing.assert_array_equal(quant_dequant(x, bits, 0), x)
+
+
 @settings(max_examples=100, deadline=None)
 @given(data=st.data(), bits=st.integers(1, 16))
 def test_quant_dequant_keeps_half_a_step_of_its_group(data, bits):

@@ -80,7 +80,7 @@ def quant_dequant(x: npt.ArrayLike, bits: int, axis: int) -> FloatArray:
 
     `axis` is the one reduced over: one group (minimum, step) per remaining index. The error is at most half a step,
     (max - min) / (2^bits - 1), of its group, up to the rounding of the result to float32. A group that holds NaN or
-    infinity is returned as it is. Raises ConfigError.
+    infinity, or whose step float32 can't hold, is returned as it is. Raises ConfigError.
     """
     if isinstance(bits, bool) or not isinstance(bits, int | np.integer) or not 1 <= bits <= 16:
         raise ConfigError(f"quant_dequant: bits: expected an integer from 1 to 16, got {bits!r}")
@@ -90,7 +90,7 @@ def quant_dequant(x: npt.ArrayLike, bits: int, axis: int) -> FloatArray:
     if values.size == 0:
         return values.copy()
     levels = 2 ** int(bits) - 1
-    with np.errstate(invalid="ignore"):
+    with np.errstate(over="ignore", invalid="ignore"):
         lo = values.min(axis=axis, keepdims=True).astype(np.float64)
         step = _float32_above((values.max(axis=axis, keepdims=True) - lo) / levels).astype(np.float64)
         codes = np.clip(np.rint((values - lo) / np.where(step > 0, step, 1.0)), 0, levels)

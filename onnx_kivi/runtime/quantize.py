@@ -94,7 +94,7 @@ def quant_dequant(x: npt.ArrayLike, bits: int, axis: int) -> FloatArray:
         lo = values.min(axis=axis, keepdims=True).astype(np.float64)
         step = _float32_above((values.max(axis=axis, keepdims=True) - lo) / levels).astype(np.float64)
         codes = np.clip(np.rint((values - lo) / np.where(step > 0, step, 1.0)), 0, levels)
-        decoded = (lo + step * codes).astype(np.float32)
+        decoded = np.minimum(lo + step * codes, np.finfo(np.float32).max).astype(np.float32)
     return np.where(np.isfinite(lo + step), decoded, values)
 
 

@@ -135,6 +135,13 @@ def quiet_options() -> ort.SessionOptions:
     return options
 
 
+def taking_turns() -> ort.SessionOptions:
+    """Options of sessions that are timed in turns: their threads stop spinning when a run ends, and leave the cores."""
+    options = quiet_options()
+    options.add_session_config_entry("session.force_spinning_stop", "1")
+    return options
+
+
 def model_path(model: str | os.PathLike[str]) -> Path:
     """The .onnx file that `model` names: itself, or model.onnx inside it if it is a folder."""
     path = Path(model)

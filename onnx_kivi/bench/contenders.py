@@ -13,7 +13,7 @@ import numpy as np
 import onnxruntime as ort
 
 from ..graph import parse_model
-from ..session import quiet_options
+from ..session import taking_turns
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +52,7 @@ class GraphContender:
     def __init__(self, name: str, graph: str, shape: Shape, layer_bytes: int, total_bytes: int, threads: int) -> None:
         self.name = name
         self.layer_bytes = layer_bytes
-        options = quiet_options()
+        options = taking_turns()
         options.intra_op_num_threads = threads
         self._session = ort.InferenceSession(parse_model(graph), options, providers=["CPUExecutionProvider"])
         self._bindings = [self._bind(shape, seed=layer) for layer in range(layers_for(layer_bytes, total_bytes))]

@@ -12,14 +12,13 @@ import time
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-import onnxruntime as ort
 
 from ..decoder import Decoder
 from ..errors import ConfigError
 from ..progress import Progress, silent
 from ..runtime.backend import CacheState
 from ..runtime.cache import Cache
-from ..session import Session, open_model, quiet_options
+from ..session import Session, open_model, taking_turns
 from ..spec import COMMITTED_LENGTH
 
 FILL_TOKENS = 4096
@@ -50,9 +49,9 @@ def bench(
     """Decode `new_tokens` tokens at each context length. Raises ConfigError for numbers out of range."""
     if not contexts or min(contexts) < 1 or new_tokens < 1:
         raise ConfigError(f"context, new-tokens: expected integers >= 1, got {list(contexts)} and {new_tokens}")
-    session = Session(model, _options(), host=host, backend=backend)
+    session = Session(model, taking_turns(), host=host, backend=backend)
     template = _template(session)
-    original = open_model(reference, _options()) if reference is not None else None
+    original = open_model(reference, taking_turns()) if reference is not None else None
     rows = []
     for n, context in enumerate(contexts):
         progress(f"decoding at {context} tokens", n / len(contexts))
@@ -93,13 +92,6 @@ def plot(curves: Mapping[str, Sequence[Row]], path: str | os.PathLike[str]) -> N
         axes.grid(alpha=0.3)
         axes.legend()
     figure.savefig(path, dpi=120)
-
-
-def _options() -> ort.SessionOptions:
-    """Threads that stop spinning when a run ends: the two sessions share the cores, and take turns."""
-    options = quiet_options()
-    options.add_session_config_entry("session.force_spinning_stop", "1")
-    return options
 
 
 def _template(session: Session) -> CacheState:

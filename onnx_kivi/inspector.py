@@ -14,7 +14,7 @@ from typing import Any
 from .errors import UnsupportedModelError
 from .graph import Graph, Model, Node, load
 from .graph.dims import TooComplexError
-from .patterns import FAMILIES, Cache, Decoder, Miss, Port, Site, read_decoder
+from .patterns import FAMILIES, Cache, Decoder, Miss, MissError, Port, Site, read_decoder
 from .patterns.field_reader import FieldReader
 from .patterns.latent import projection
 from .patterns.mask import with_mask_facts
@@ -168,9 +168,10 @@ def _matches(decoder: Decoder) -> Iterator[Site | Miss]:
     for node in decoder.graph.nodes:
         for family in FAMILIES:
             if node.op in family.ANCHORS:
+                found: Site | Miss | None
                 try:
                     found = family.match(decoder, node)
-                except TooComplexError as error:
+                except (MissError, TooComplexError) as error:
                     found = Miss(node.name, str(error))
                 if found is not None:
                     yield found

@@ -2,8 +2,9 @@
 
 FAMILY: its name. ANCHORS: the operators ("Softmax", "com.microsoft.GroupQueryAttention") it is found by. PORTS: its
 operators that join past and new themselves, each with the past inputs, present outputs and token axis; Concat is
-known already. match(decoder, node) -> Site | Miss | None: called for every anchor; None if the node is no attention
-over a cache, a Miss if it is one but a guard fails. A family reads the `Decoder`, returns values and changes nothing;
+known already. match(decoder, node) -> Site | None: called for every anchor; None if the node is no attention over a
+cache, MissError if it is one but a guard fails, which the inspector turns into a Miss at the node. A family reads the
+`Decoder`, returns values and changes nothing;
 `layer` is filled in by the inspector. Nodes that must be emitted in front of the op go into `Site.prologue`.
 """
 
@@ -15,7 +16,7 @@ from typing import Protocol
 from ..graph import Node
 from . import decomposed, gqa, mha, ms_attention, onnx_attention, refused, tensor_scatter
 from .decoder import Cache, Decoder, Port, read_decoder
-from .site import Added, Filled, MaskTerm, Miss, NewConstant, NewNode, Operand, Site
+from .site import Added, Filled, MaskTerm, Miss, MissError, NewConstant, NewNode, Operand, Site
 
 
 class Family(Protocol):
@@ -33,7 +34,7 @@ class Family(Protocol):
     def PORTS(self) -> Mapping[str, tuple[Port, ...]]:  # noqa: N802
         """Its operators that join past and new."""
 
-    def match(self, decoder: Decoder, node: Node) -> Site | Miss | None:
+    def match(self, decoder: Decoder, node: Node) -> Site | None:
         """The site at `node`; see the module's docstring."""
 
 
@@ -48,6 +49,7 @@ __all__ = [
     "Filled",
     "MaskTerm",
     "Miss",
+    "MissError",
     "NewConstant",
     "NewNode",
     "Operand",

@@ -14,7 +14,7 @@ from .decoder import Decoder, Port, is_float_cast
 from .layout import CacheView, cache_view, data_input, factor
 from .operands import cache_operand, cache_sizes
 from .scores import scores_before
-from .site import Miss, MissError, Operand, Site
+from .site import MissError, Operand, Site
 from .softmax import Softmax, check_axis, read_softmax
 from .weights import check_reshapes, product_after
 
@@ -23,13 +23,10 @@ ANCHORS = ("Softmax", "Div")
 PORTS: Mapping[str, tuple[Port, ...]] = {}
 
 
-def match(decoder: Decoder, node: Node) -> Site | Miss | None:
+def match(decoder: Decoder, node: Node) -> Site | None:
     """The site around a softmax that ends in this node; None if it is not over a cache."""
     softmax = read_softmax(decoder, node)
-    try:
-        return None if softmax is None else _match(decoder, softmax)
-    except MissError as miss:
-        return Miss(node.name, str(miss))
+    return None if softmax is None else _match(decoder, softmax)
 
 
 def _match(decoder: Decoder, softmax: Softmax) -> Site | None:

@@ -14,7 +14,7 @@ from ..graph import Node, element_name
 from .contrib import attention_scale, joined_cache, refuse
 from .decoder import PAST_LENGTH, Cache, Decoder, Port
 from .prologue import CONTRIB, Prologue
-from .site import Added, MaskTerm, Miss, MissError, Operand, Site
+from .site import Added, MaskTerm, MissError, Operand, Site
 from .softmax import reduced_axes
 
 FAMILY = "gqa"
@@ -38,15 +38,8 @@ PADDED_ROWS = "rows_must_be_of_one_length"
 LOWEST = -3.4028234663852886e38
 
 
-def match(decoder: Decoder, node: Node) -> Site | Miss | None:
+def match(decoder: Decoder, node: Node) -> Site | None:
     """The site of a GroupQueryAttention node; None if it reads no cache."""
-    try:
-        return _match(decoder, node)
-    except MissError as miss:
-        return Miss(node.name, str(miss))
-
-
-def _match(decoder: Decoder, node: Node) -> Site | None:
     keys, values = joined_cache(decoder, node, PAST_KEY, 1), joined_cache(decoder, node, PAST_VALUE, 2)
     if keys is None or values is None:
         return None

@@ -16,7 +16,7 @@ from .decoder import Decoder, Port
 from .layout import CacheView, cache_view
 from .operands import cache_operand, cache_sizes
 from .prologue import Prologue
-from .site import Added, MaskTerm, Miss, MissError, Operand, Site
+from .site import Added, MaskTerm, MissError, Operand, Site
 
 FAMILY = "mha"
 ANCHORS = ("com.microsoft.MultiHeadAttention",)
@@ -27,15 +27,8 @@ REFUSED_INPUTS = {8: "the past length of a shared buffer", 9: "the beams of a sh
 LAYOUT = "BS(HD)"
 
 
-def match(decoder: Decoder, node: Node) -> Site | Miss | None:
+def match(decoder: Decoder, node: Node) -> Site | None:
     """The site of a MultiHeadAttention node; None if it reads no cache."""
-    try:
-        return _match(decoder, node)
-    except MissError as miss:
-        return Miss(node.name, str(miss))
-
-
-def _match(decoder: Decoder, node: Node) -> Site | None:
     prologue = Prologue(decoder.graph)
     inside = bool(joined_cache(decoder, node, PAST_KEY, 1) and joined_cache(decoder, node, PAST_VALUE, 2))
     keys, values = (_view(decoder, name) for name in (node.outputs[1:3] if inside else (*node.inputs, "", "")[1:3]))

@@ -13,7 +13,7 @@ from ..graph import Node, element_name
 from .contrib import attention_scale, joined_cache, padding_mask, refuse
 from .decoder import Decoder, Port
 from .prologue import Prologue
-from .site import Miss, MissError, Operand, Site
+from .site import MissError, Operand, Site
 
 FAMILY = "ms_attention"
 ANCHORS = ("com.microsoft.Attention",)
@@ -23,15 +23,8 @@ INPUT, WEIGHTS, INPUT_BIAS, MASK, PAST = range(5)
 REFUSED_INPUTS = {5: "a bias of the scores beside a past", 6: "the past length of a shared buffer"}
 
 
-def match(decoder: Decoder, node: Node) -> Site | Miss | None:
+def match(decoder: Decoder, node: Node) -> Site | None:
     """The site of an Attention node; None if it has no past."""
-    try:
-        return _match(decoder, node)
-    except MissError as miss:
-        return Miss(node.name, str(miss))
-
-
-def _match(decoder: Decoder, node: Node) -> Site | None:
     cache = joined_cache(decoder, node, PAST, 1)
     if cache is None:
         return None

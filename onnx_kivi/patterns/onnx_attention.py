@@ -13,7 +13,7 @@ from ..graph import BOOL, Node, element_name
 from .decoder import Decoder, Port
 from .layout import CacheView, cache_view
 from .operands import cache_operand, cache_sizes
-from .site import Added, Filled, MaskTerm, Miss, MissError, Operand, Site
+from .site import Added, Filled, MaskTerm, MissError, Operand, Site
 
 FAMILY = "onnx_attention"
 ANCHORS = ("Attention",)
@@ -22,15 +22,8 @@ PORTS: Mapping[str, tuple[Port, ...]] = {"Attention": (Port(4, 1, 2), Port(5, 2,
 MASK, NONPAD, SCORES_OUTPUT = 3, 6, 3
 
 
-def match(decoder: Decoder, node: Node) -> Site | Miss | None:
+def match(decoder: Decoder, node: Node) -> Site | None:
     """The site of an Attention node; None if it reads no cache."""
-    try:
-        return _match(decoder, node)
-    except MissError as miss:
-        return Miss(node.name, str(miss))
-
-
-def _match(decoder: Decoder, node: Node) -> Site | None:
     inside = bool(node.input(4))
     if node.inputs[1] in decoder.caches and decoder.caches[node.inputs[1]].fixed:
         return None

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from ..graph import Node
 from .decoder import Decoder, Port
-from .site import Miss, Site
+from .site import MissError, Site
 
 FAMILY = "refused"
 PORTS: Mapping[str, tuple[Port, ...]] = {}
@@ -42,7 +42,9 @@ REFUSALS: Mapping[str, Refusal] = {
 ANCHORS = tuple(REFUSALS)
 
 
-def match(_: Decoder, node: Node) -> Site | Miss | None:
-    """A miss if the node has a cache, else None."""
+def match(_: Decoder, node: Node) -> Site | None:
+    """None for a node without a cache. Raises MissError for one that has it."""
     refusal = REFUSALS[node.op]
-    return Miss(node.name, f"{node.op}: {refusal.reason}") if node.input(refusal.past) else None
+    if node.input(refusal.past):
+        raise MissError(f"{node.op}: {refusal.reason}")
+    return None

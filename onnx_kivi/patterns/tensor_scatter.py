@@ -14,7 +14,7 @@ from ..graph import Node, element_name
 from .decoder import PAST_LENGTH, Cache, Decoder, Port
 from .onnx_attention import NONPAD, SCORES_OUTPUT, attention_mask, attention_scale, query_layout
 from .prologue import Prologue
-from .site import Added, Filled, MaskTerm, Miss, MissError, Operand, Site
+from .site import Added, Filled, MaskTerm, MissError, Operand, Site
 
 FAMILY = "tensor_scatter"
 ANCHORS = ("Attention",)
@@ -25,15 +25,8 @@ WRITTEN = "tokens_must_be_written_where_the_cache_ends"
 HELD = "rows_must_be_of_one_length"
 
 
-def match(decoder: Decoder, node: Node) -> Site | Miss | None:
+def match(decoder: Decoder, node: Node) -> Site | None:
     """The site of an Attention node over buffers; None if its keys are no buffer."""
-    try:
-        return _match(decoder, node)
-    except MissError as miss:
-        return Miss(node.name, str(miss))
-
-
-def _match(decoder: Decoder, node: Node) -> Site | None:
     keys, values = (decoder.caches.get(name) for name in node.inputs[1:3])
     if keys is None or not keys.fixed:
         return None

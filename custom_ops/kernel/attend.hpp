@@ -140,7 +140,14 @@ static inline void tile_scores(const Task& task, const Tile& tile, const Memory&
                      memory.scores(0), s.scores_stride, memory.panel());
 }
 
-static inline void tile_softmax(const Task& task, const Tile& tile, const Memory& memory) {
+// Whether every score of the tile is what the keys say: no softcap, no mask, no padding, nothing hidden.
+static inline bool is_plain(const Task& task, const Tile& tile) {
+    return task.attention.softcap == 0 && !task.attention.mask && tile.tokens % TILE_LANES == 0 &&
+           task.visible_begin(task.query + task.queries - 1) <= tile.first &&
+           task.visible_end(task.query) >= tile.first + tile.tokens;
+}
+
+static inline void shape_scores(const Task& task, const Tile& tile, const Memory& memory) {
     const Attention& a = task.attention;
     const int64_t padded = whole_tiles(tile.tokens);
     int64_t r = 0;
@@ -156,8 +163,14 @@ static inline void tile_softmax(const Task& task, const Tile& tile, const Memory
             const int64_t begin = task.visible_begin(i) - tile.first, end = task.visible_end(i) - tile.first;
             hide(scores, 0, begin < tile.tokens ? begin : tile.tokens);
             hide(scores, end < 0 ? 0 : end < tile.tokens ? end : tile.tokens, padded);
-            exponentials(scores, padded, {memory.peak(r), memory.total(r), memory.sums(r), memory.layout.lanes});
         }
+}
+
+static inline void tile_softmax(const Task& task, const Tile& tile, const Memory& memory) {
+    if (!is_plain(task, tile)) shape_scores(task, tile, memory);
+    const int64_t padded = whole_tiles(tile.tokens), rows = task.rows();
+    for (int64_t r = 0; r < rows; ++r)
+        exponentials(memory.scores(r), padded, {memory.peak(r), memory.total(r), memory.sums(r), memory.layout.lanes});
 }
 
 static inline void tile_values(const Task& task, const Tile& tile, const Memory& memory) {

@@ -119,6 +119,15 @@ def test_an_environment_that_asks_for_the_impossible_is_refused_at_registration(
     assert message in done.stderr
 
 
+def test_an_unknown_isa_is_refused_not_replaced_by_numpy():
+    environment = os.environ | {"ONNX_KIVI_ISA": "x86_64_v9"}
+    command = [sys.executable, "-m", "onnx_kivi", "info"]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 2
+    assert "ONNX_KIVI_ISA: expected an ISA level that this machine can run" in done.stderr
+    assert "got 'x86_64_v9'" in done.stderr
+
+
 @pytest.mark.parametrize("level", native.isa_levels())
 def test_the_environment_forces_a_level(level):
     code = "from onnx_kivi.runtime import native; print(native.isa())"

@@ -20,12 +20,8 @@ inline void check(OrtStatus* status) {
 
 // A status with the message of `error`, led by the class that onnx_kivi.errors has for it.
 inline OrtStatus* status_of(const OrtApi* api, const Error& error) {
-    const char* name = error.kind == ErrorKind::cache           ? "CacheError"
-                       : error.kind == ErrorKind::config        ? "ConfigError"
-                       : error.kind == ErrorKind::spec_mismatch ? "SpecMismatchError"
-                                                                : "BackendUnavailableError";
     return call<CreateStatus>(api, int32_t{RUNTIME_EXCEPTION},
-                              (std::string("onnx_kivi ") + name + ": " + error.what()).c_str());
+                              (std::string("onnx_kivi ") + class_name(error.kind) + ": " + error.what()).c_str());
 }
 
 // Runs the body of a callback; whatever it throws becomes a status.

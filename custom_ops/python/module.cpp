@@ -21,11 +21,7 @@ void translate(const std::exception_ptr& pointer, void*) {
     try {
         std::rethrow_exception(pointer);
     } catch (const Error& error) {
-        const char* name = error.kind == ErrorKind::cache           ? "CacheError"
-                           : error.kind == ErrorKind::config        ? "ConfigError"
-                           : error.kind == ErrorKind::spec_mismatch ? "SpecMismatchError"
-                                                                    : "BackendUnavailableError";
-        const nb::object type = nb::module_::import_("onnx_kivi.errors").attr(name);
+        const nb::object type = nb::module_::import_("onnx_kivi.errors").attr(class_name(error.kind));
         PyErr_SetString(type.ptr(), error.what());
     }
 }

@@ -8,7 +8,12 @@
 
 namespace onnx_kivi {
 
-enum class ErrorKind { cache, config, spec_mismatch, backend_unavailable };
+enum class ErrorKind { cache, config, spec_mismatch };
+
+// The class that onnx_kivi.errors has for it.
+inline const char* class_name(ErrorKind kind) {
+    return kind == ErrorKind::cache ? "CacheError" : kind == ErrorKind::config ? "ConfigError" : "SpecMismatchError";
+}
 
 class KIVI_API Error : public std::runtime_error {
 public:

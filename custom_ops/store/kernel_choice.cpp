@@ -13,8 +13,8 @@ const Kernel& find(const std::string& source, const std::string& name) {
     if (const Kernel* kernel = find_kernel(name.c_str())) return *kernel;
     std::string list;
     for (const std::string& known : kernel_names()) list += (list.empty() ? "" : ", ") + known;
-    throw Error(ErrorKind::backend_unavailable, source + ": expected an ISA level that this machine can run (" + list +
-                                                    "), got '" + name + "'; unset it to use the best");
+    throw Error(ErrorKind::config, source + ": expected an ISA level that this machine can run (" + list + "), got '" +
+                                       name + "'; unset it to use the best");
 }
 
 }  // namespace

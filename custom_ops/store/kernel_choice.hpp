@@ -10,7 +10,7 @@
 namespace onnx_kivi {
 
 // The level in use: chosen at first use, the one that ONNX_KIVI_ISA names, else the best this machine can run.
-// Throws Error(backend_unavailable) if ONNX_KIVI_ISA names one that it can't.
+// Throws Error(config) if ONNX_KIVI_ISA names one that it can't.
 KIVI_API const Kernel& active_kernel();
 
 // Takes the level of that name from now on, for tests and benchmarks. Throws as active_kernel does.

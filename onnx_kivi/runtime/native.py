@@ -15,7 +15,7 @@ from typing import Any
 import onnxruntime as ort
 
 from .. import _native
-from ..errors import BackendUnavailableError, CacheError, ConfigError, KiviError, SpecMismatchError
+from ..errors import CacheError, ConfigError, KiviError, SpecMismatchError
 from ..spec import SdpaAttributes, StepAttributes
 from .backend import BlockState, CacheState, FloatArray, QuantizedBlock, RowState, SlotState
 from .state import check_state
@@ -24,7 +24,7 @@ MOST_ATTRIBUTES = 4096
 
 
 class NativeBackend:
-    """Implements Backend in C++. Raises BackendUnavailableError if ONNX_KIVI_ISA names a level that can't run here."""
+    """Implements Backend in C++. Raises ConfigError if ONNX_KIVI_ISA names a level that can't run here."""
 
     name = "native"
 
@@ -136,7 +136,7 @@ def isa() -> str:
 def error_from(failure: BaseException) -> KiviError | None:
     """The error that a native node refused with, from the exception that onnxruntime made of it; None if not ours."""
     found = re.search(r"onnx_kivi (\w+): (.*)", str(failure), re.DOTALL)
-    kinds = (CacheError, ConfigError, SpecMismatchError, BackendUnavailableError)
+    kinds = (CacheError, ConfigError, SpecMismatchError)
     kind = next((k for k in kinds if found and k.__name__ == found[1]), None)
     return kind(found[2]) if found and kind else None
 

@@ -93,7 +93,7 @@ def test_cross_reaches_inspect_and_rewrite(tmp_path: Path, run: Run) -> None:
     assert [(site["layer"], site["kind"]) for site in found] == [
         (n, kind) for n in (0, 1) for kind in ("self", "cross")
     ]
-    args = ("--cross", "--block-tokens", 4, "--residual", 2, "--sinks", 1, "--layer-bits", "1:4")
+    args = ("--cross", *SMALL, "--layer-bits", "1:4")
     data = json_of(run("rewrite", source, "-o", out, *args, "--json"))
     assert data["verify"]["ok"]
     assert data["verify"]["sealed_tokens"] > 0
@@ -104,10 +104,10 @@ def test_cross_reaches_inspect_and_rewrite(tmp_path: Path, run: Run) -> None:
     nodes = [n for n in onnx.load(out).graph.node if n.op_type == "QuantizedKvSdpa"]
     found = [{a.name: a.s.decode() if a.name == "kind" else a.i for a in n.attribute} for n in nodes]
     assert sorted((f["kind"], f["k_bits"], f["residual_length"], f["sink_length"]) for f in found) == [
-        ("cross", 4, 0, 1),
-        ("cross", 8, 0, 1),
-        ("self", 4, 2, 1),
-        ("self", 8, 2, 1),
+        ("cross", 4, 0, 2),
+        ("cross", 8, 0, 2),
+        ("self", 4, 8, 2),
+        ("self", 8, 8, 2),
     ]
 
 

@@ -5,7 +5,7 @@ operators that join past and new themselves, each with the past inputs, present 
 known already. match(decoder, node) -> Site | None: called for every anchor; None if the node is no attention over a
 cache, MissError if it is one but a guard fails, which the inspector turns into a Miss at the node. A family reads the
 `Decoder`, returns values and changes nothing;
-`layer` is filled in by the inspector. Nodes that must be emitted in front of the op go into `Site.prologue`.
+`layer` and `kind` are filled in by the inspector. Nodes that must be emitted in front of the op go into `Site.prologue`.
 """
 
 from __future__ import annotations

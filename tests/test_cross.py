@@ -524,3 +524,25 @@ def test_near_misses_say_why(name: str) -> None:
     report = kivi.inspect(model(**changes), cross=True)
     assert all(site.kind == "self" and KEY not in site.cache_inputs for site in report.sites)
     assert any(re.search(reason, miss.reason) for miss in report.misses), report
+
+
+def test_partial_leaves_those_that_miss_as_they_are(tmp_path: Path) -> None:
+    proto = model(**NEAR_MISSES["read elsewhere"][0])
+    with pytest.raises(kivi.UnsupportedModelError, match="--partial rewrites those alone"):
+        kivi.rewrite(proto, DENSE)
+    result, _ = kivi.rewrite(proto, DENSE, partial=True)
+    assert STORED_TOKENS not in str(result.graph.input)
+    assert not any(a.s == CROSS.encode() for node in result.graph.node for a in node.attribute)
+    kivi.save(result, tmp_path / "model.onnx")
+    session = kivi.Session(tmp_path / "model.onnx")
+    rng = np.random.default_rng(0)
+    new = new_tokens(proto, rng, 0, 2, ENCODER_TOKENS)
+    with pytest.raises(ValueError, match=KEY):
+        session.run(["crossed"], new)
+    assert session.run(["crossed"], new | encoder(proto, rng))[0].any()
+
+
+@pytest.mark.parametrize("name", [name for name in REFUSED if "merged" in name])
+def test_merged_decoders_are_refused_with_the_same_reason(name: str) -> None:
+    with pytest.raises(kivi.UnsupportedModelError, match=REFUSED[name]):
+        kivi.rewrite(MODELS[name], SMALL)

@@ -89,12 +89,14 @@ def build_parser() -> argparse.ArgumentParser:
 
 def _inspect(parser: argparse.ArgumentParser) -> None:
     _model(parser)
+    _cross(parser)
 
 
 def _rewrite(parser: argparse.ArgumentParser) -> None:
     _model(parser)
     parser.add_argument("-o", "--output", required=True, metavar="OUT", help="the file to write")
     _quantization(parser)
+    _cross(parser)
     parser.add_argument("--partial", action="store_true", help="rewrite what matches and leave the other caches")
     parser.add_argument("--no-verify", action="store_true", help="write without running original and result")
 
@@ -166,6 +168,10 @@ def _finite(value: Any) -> Any:
 
 def _model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help="an .onnx file, or a folder that holds model.onnx")
+
+
+def _cross(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--cross", action="store_true", help="also the caches that never grow: an encoder's")
 
 
 def _tokenizer(parser: argparse.ArgumentParser) -> None:

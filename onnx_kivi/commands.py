@@ -50,7 +50,7 @@ class Outcome:
 def inspect_model(args: argparse.Namespace, progress: Progress) -> Outcome:
     """Sites and misses of a model; succeeds whether or not all of it matches."""
     progress("reading the model", 0.0)
-    report = inspect_file(model_path(args.model))
+    report = inspect_file(model_path(args.model), cross=args.cross)
     return Outcome(report.to_dict(), str(report))
 
 
@@ -67,8 +67,8 @@ def rewrite_model(args: argparse.Namespace, progress: Progress) -> Outcome:
     checked = None if args.no_verify else _verify_staged(source, model, output, progress)
     if checked is None or checked.ok:
         graph.save(model, output)
-    removed_inputs = [name for site in report.sites for name in site.cache_inputs]
-    removed_outputs = [name for site in report.sites for name in site.cache_outputs]
+    removed_inputs = [name for site in report.sites for name in site.removed_inputs]
+    removed_outputs = [name for site in report.sites for name in site.cache_outputs if name]
     data = report.to_dict() | {
         "rewritten": str(output) if checked is None or checked.ok else None,
         "removed_inputs": removed_inputs,
@@ -201,6 +201,7 @@ def _config(args: argparse.Namespace) -> KiviConfig:
         residual_length=args.residual,
         sink_length=args.sinks,
         layer_bits=parse_layer_bits(args.layer_bits),
+        cross=args.cross,
     )
 
 

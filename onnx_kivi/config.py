@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from .errors import ConfigError
-from .spec import check_store_options
+from .spec import CROSS, check_store_options
 
 
 @dataclass(frozen=True, slots=True)
@@ -15,7 +15,8 @@ class KiviConfig:
 
     k_bits, v_bits: 2, 4, 8, or 32 (f32, nothing quantized). block_tokens: tokens sealed at once. v_group_size:
     channels that share value parameters, 0 = all. residual_length: recent tokens kept in f32. sink_length: first
-    tokens kept in f32. layer_bits: exceptions, layer -> (k_bits, v_bits). Raises ConfigError.
+    tokens kept in f32. layer_bits: exceptions, layer -> (k_bits, v_bits). cross: also keep an encoder's keys and
+    values, which no step adds to; they have no recent tokens, and so no residual. Raises ConfigError.
     """
 
     k_bits: int = 8
@@ -25,6 +26,7 @@ class KiviConfig:
     residual_length: int = 128
     sink_length: int = 4
     layer_bits: Mapping[int, tuple[int, int]] = field(default_factory=dict)
+    cross: bool = False
 
     def __post_init__(self) -> None:
         for k_bits, v_bits in ((self.k_bits, self.v_bits), *self.layer_bits.values()):
@@ -35,6 +37,10 @@ class KiviConfig:
     def bits(self, layer: int) -> tuple[int, int]:
         """(k_bits, v_bits) of one layer."""
         return self.layer_bits.get(layer, (self.k_bits, self.v_bits))
+
+    def residual(self, kind: str) -> int:
+        """Recent tokens that a slot of this kind keeps in f32."""
+        return 0 if kind == CROSS else self.residual_length
 
 
 def parse_layer_bits(text: str) -> dict[int, tuple[int, int]]:

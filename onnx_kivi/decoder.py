@@ -7,7 +7,7 @@ guess. Verify, generate, evaluate, bench and the demo all run models through thi
 from __future__ import annotations
 
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -16,13 +16,14 @@ import numpy.typing as npt
 
 from .errors import UnsupportedModelError
 from .runtime.cache import Cache
-from .spec import HANDLE_INPUT, PAST_LENGTH_INPUT
+from .spec import HANDLE_INPUT, PAST_LENGTH_INPUT, STORED_TOKENS
 
 Array = npt.NDArray[Any]
 IntArray = npt.NDArray[np.int64]
 FloatArray = npt.NDArray[np.float32]
 
 ENCODER_TOKENS = 7
+ENCODER_PADDING = 2
 ELEMENTS: dict[str, Any] = {
     "tensor(float)": np.float32,
     "tensor(float16)": np.float16,
@@ -40,8 +41,10 @@ class Decoder:
 
     session: an onnxruntime session of an original, or a Session of a rewritten model and the `cache` to use.
     pairs: past input -> present output, where names don't tell. head_sizes: past input -> head size, for models that
-    leave it symbolic. capacities: past input -> tokens it must have room for from the start. Past inputs without an
-    output (an encoder's) are filled once with random numbers.
+    leave it symbolic. capacities: past input -> tokens it must have room for from the start. given: what the model
+    takes beside tokens and its own cache, an encoder's keys, values and mask, by input name. Without it a random
+    encoder of `encoder_tokens` tokens, the first row's last ones padding, stands in. What a slot stores is fed in the
+    first step only.
     """
 
     def __init__(
@@ -52,6 +55,8 @@ class Decoder:
         pairs: Mapping[str, str] | None = None,
         head_sizes: Mapping[str, int] | None = None,
         capacities: Mapping[str, int] | None = None,
+        given: Mapping[str, Array] | None = None,
+        encoder_tokens: int = ENCODER_TOKENS,
     ) -> None:
         self._cache = cache
         self._run = session.run if cache is None else partial(session.run, cache=cache)
@@ -59,12 +64,15 @@ class Decoder:
         self._outputs = [o.name for o in session.get_outputs()]
         self._head_sizes = dict(head_sizes or {})
         self._capacities = dict(capacities or {})
-        given = dict(pairs or {})
-        past = [i.name for i in self._inputs if i.name in given or i.name.startswith("past")]
+        self._given = given
+        self._encoder_tokens = encoder_tokens
+        paired = dict(pairs or {})
+        past = [i.name for i in self._inputs if i.name in paired or i.name.startswith("past")]
         self._present = {
-            name: given.get(name) or present_name(name, self._outputs) for name in past if name != PAST_LENGTH_INPUT
+            name: paired.get(name) or present_name(name, self._outputs) for name in past if name != PAST_LENGTH_INPUT
         }
-        self._past: dict[str, Array] = {}
+        self._stored = {i.name for i in self._inputs if STORED_TOKENS in i.shape}
+        self._known: dict[str, Array] | None = None
         self.length = cache.length if cache is not None else 0
 
     def step(self, ids: IntArray, mask: IntArray | None = None) -> FloatArray:
@@ -72,43 +80,61 @@ class Decoder:
 
         Raises UnsupportedModelError for a model whose inputs can't be filled or that has no logits.
         """
-        if not self._past:
-            self._past = self._random_past(ids.shape[0], 0)
+        known = self._first(ids.shape[0], 0) if self._known is None else self._known
         if mask is None:
             mask = np.ones((ids.shape[0], self.length + ids.shape[1]), np.int64)
-        feeds = build_feeds(self._inputs, ids, mask, self._past)
+        wanted = [i for i in self._inputs if i.name in known or i.name not in self._stored]
+        feeds = build_feeds(wanted, ids, mask, known)
         results = dict(zip(self._outputs, self._run(None, feeds), strict=True))
-        self._past = {name: results[out] if out else self._past[name] for name, out in self._present.items()}
+        carried = {name: results[out] for name, out in self._present.items() if out}
+        self._known = {name: array for name, array in known.items() if name not in self._stored} | carried
         self.length += ids.shape[1]
         return _logits(results)
 
     def restart(self) -> None:
         """Forget all tokens."""
-        self._past = {}
+        self._known = None
         self.length = 0
         if self._cache is not None:
             self._cache.reset()
 
     def fill(self, length: int) -> None:
         """Stand as if `length` tokens had been fed: one row, random keys and values (for timing)."""
-        self._past = self._random_past(1, length)
+        self._known = self._first(1, length)
         self.length = length
 
     @property
     def cache_bytes(self) -> int:
         """Bytes that the caches hold now."""
-        return sum(a.nbytes for a in self._past.values()) + (self._cache.nbytes if self._cache else 0)
+        carried = sum(array.nbytes for name, array in (self._known or {}).items() if name in self._present)
+        return carried + (self._cache.nbytes if self._cache else 0)
 
     @property
     def sealed_tokens(self) -> int:
         """Tokens held in quantized form; 0 for an original."""
         return self._cache.sealed_tokens if self._cache else 0
 
-    def _random_past(self, batch: int, length: int) -> dict[str, Array]:
+    def _first(self, batch: int, length: int) -> dict[str, Array]:
+        """What is fed beside tokens in a first step that has `length` tokens behind it, at random where it must be."""
+        if self._given is not None:
+            carried = [name for name, output in self._present.items() if output]
+            return self._random_past(carried, batch, length) | dict(self._given)
+        mask = np.ones((batch, self._encoder_tokens), np.int64)
+        mask[0, -ENCODER_PADDING:] = 0
+        encoder = {}
+        for i in self._inputs:
+            if i.name == "encoder_attention_mask":
+                encoder[i.name] = mask.astype(_element(i))
+            elif i.name == "encoder_hidden_states":
+                shape = (batch, self._encoder_tokens, i.shape[-1])
+                encoder[i.name] = np.random.default_rng(1).standard_normal(shape).astype(_element(i))
+        return self._random_past(self._present, batch, length) | encoder
+
+    def _random_past(self, names: Collection[str], batch: int, length: int) -> dict[str, Array]:
         token_batch = next((i.shape[0] for i in self._inputs if i.name == "input_ids"), None)
         past = {}
         for i in self._inputs:
-            if i.name not in self._present:
+            if i.name not in names:
                 continue
             shape = [d if isinstance(d, int) else None for d in i.shape]
             for axis, name in enumerate(i.shape):
@@ -117,7 +143,7 @@ class Decoder:
             if shape[-1] is None:
                 shape[-1] = self._head_sizes.get(i.name)
             grows = self._present[i.name] is not None and "encoder" not in i.name
-            tokens = self._capacities.get(i.name, length if grows else ENCODER_TOKENS)
+            tokens = self._capacities.get(i.name, length if grows else self._encoder_tokens)
             filled = [tokens if d is None else d for d in shape]
             past[i.name] = (
                 np.random.default_rng(zlib.crc32(i.name.encode())).standard_normal(filled).astype(_element(i))
@@ -141,7 +167,7 @@ def build_feeds(inputs: Sequence[Any], ids: IntArray, mask: IntArray, known: Map
 
     Raises UnsupportedModelError naming an input that nobody knows how to fill.
     """
-    B, S = ids.shape
+    S = ids.shape[1]
     T = mask.shape[1]
     positions = np.clip(np.cumsum(mask, 1) - 1, 0, None)[:, T - S :]
     values: dict[str, Any] = {
@@ -152,7 +178,6 @@ def build_feeds(inputs: Sequence[Any], ids: IntArray, mask: IntArray, known: Map
         "position_ids": positions,
         "cache_position": np.arange(T - S, T),
         "use_cache_branch": np.array([T > S]),
-        "encoder_attention_mask": np.ones((B, ENCODER_TOKENS), np.int64),
         "seqlens_k": mask.sum(1) - 1,
         "total_sequence_length": np.array(T),
         "num_logits_to_keep": np.array(0),
@@ -164,16 +189,12 @@ def build_feeds(inputs: Sequence[Any], ids: IntArray, mask: IntArray, known: Map
             feeds[i.name] = known[i.name]
         elif i.name in values:
             feeds[i.name] = np.asarray(values[i.name]).astype(_element(i), copy=False)
-        elif i.name == "encoder_hidden_states":
-            feeds[i.name] = (
-                np.random.default_rng(1).standard_normal((B, ENCODER_TOKENS, i.shape[-1])).astype(_element(i))
-            )
         elif i.name == "inputs_embeds":
             feeds[i.name] = _embed(ids, i.shape[-1]).astype(_element(i))
         elif i.name not in (HANDLE_INPUT, PAST_LENGTH_INPUT):
             raise UnsupportedModelError(
                 f"input {i.name}: expected a name that decoders usually have ({', '.join(values)}), got {i.name} "
-                f"{i.shape}; feed the model yourself with Session.run"
+                f"{i.shape}; give it to generate as one of its `inputs`, or feed the model yourself with Session.run"
             )
     return feeds
 

@@ -14,13 +14,14 @@ from typing import Any
 from .errors import UnsupportedModelError
 from .graph import Graph, Model, Node, load
 from .graph.dims import TooComplexError
-from .patterns import FAMILIES, Cache, Decoder, Miss, MissError, Port, Site, read_decoder
+from .patterns import FAMILIES, Cache, Decoder, Miss, MissError, NewNode, Port, Site, read_decoder
+from .patterns.decoder import PAST_LENGTH, grows
 from .patterns.field_reader import FieldReader
 from .patterns.latent import projection
 from .patterns.mask import with_mask_facts
 from .plan import Plan, make_plan, misses
-from .savings import savings
-from .spec import DOMAIN
+from .savings import CONTEXTS, ENCODER_CONTEXTS, savings
+from .spec import CROSS, DOMAIN, SELF
 
 OPSETS = range(11, 27)
 ROUNDS_ACTIVATIONS = ("DynamicQuantizeLinear", "com.microsoft.DynamicQuantizeMatMul", "com.microsoft.QAttention")
@@ -52,19 +53,24 @@ class Report:
             "sites": [site.to_dict() for site in self.sites],
             "misses": [{"node": miss.node, "reason": miss.reason} for miss in self.misses],
             "element": self.element,
-            "savings": savings(self.sites),
+            "savings": savings(self._of(SELF), CONTEXTS),
+            "cross_savings": savings(self._of(CROSS), ENCODER_CONTEXTS),
         }
 
     def __str__(self) -> str:
-        head = ("layer", "family", "heads", "head size", "scale", "mask terms", "node")
+        head = ("layer", "cache", "family", "heads", "head size", "scale", "mask terms", "node")
         rows = [head, *map(_row, self.sites)]
         widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
         if not self.sites:
             lines = ["no attention over a cache was matched"]
-        lines += [_saving(row) for row in savings(self.sites)]
+        lines += [_saving("cache", row) for row in savings(self._of(SELF), CONTEXTS)]
+        lines += [_saving("encoder's cache", row) for row in savings(self._of(CROSS), ENCODER_CONTEXTS)]
         lines += [f"missed {miss.node}: {miss.reason}" for miss in self.misses]
         return "\n".join(lines)
+
+    def _of(self, kind: str) -> list[Site]:
+        return [site for site in self.sites if site.kind == kind]
 
 
 def _row(site: Site) -> tuple[str, ...]:
@@ -73,16 +79,25 @@ def _row(site: Site) -> tuple[str, ...]:
     terms = ["causal"] * site.is_causal + [f"window {site.window}"] * bool(site.window)
     terms += [f"softcap {site.softcap:g}"] * bool(site.softcap) + ["sinks"] * bool(site.head_sink)
     terms += [f"{len(site.mask)} tensor{'s' * (len(site.mask) > 1)}"] * bool(site.mask)
-    return (str(site.layer), site.family, heads, sizes, f"{site.scale:.6g}", ", ".join(terms) or "none", site.node)
+    return (
+        str(site.layer),
+        site.kind,
+        site.family,
+        heads,
+        sizes,
+        f"{site.scale:.6g}",
+        ", ".join(terms) or "none",
+        site.node,
+    )
 
 
-def _saving(row: dict[str, int]) -> str:
+def _saving(what: str, row: dict[str, int]) -> str:
     small = ", ".join(
         f"{row[key] / 1e6:,.1f} MB at {key.removeprefix('bits_')} bits ({row['original'] / row[key]:.1f}x smaller)"
         for key in row
         if key.startswith("bits_")
     )
-    return f"cache of {row['tokens']:,} tokens, per row: {row['original'] / 1e6:,.1f} MB now, {small}"
+    return f"{what} of {row['tokens']:,} tokens, per row: {row['original'] / 1e6:,.1f} MB now, {small}"
 
 
 @dataclass(frozen=True)
@@ -94,12 +109,15 @@ class Findings:
     report: Report
 
 
-def inspect(model: Model | str | os.PathLike[str]) -> Report:
-    """Sites and misses of a model or model file. Raises UnsupportedModelError if it is no model to look into."""
-    return examine(model if isinstance(model, Model) else load(model)).report
+def inspect(model: Model | str | os.PathLike[str], *, cross: bool = False) -> Report:
+    """Sites and misses of a model or model file; with `cross` also those of attention over an encoder's caches.
+
+    Raises UnsupportedModelError if it is no model to look into.
+    """
+    return examine(model if isinstance(model, Model) else load(model), cross=cross).report
 
 
-def examine(model: Model) -> Findings:
+def examine(model: Model, *, cross: bool = False) -> Findings:
     """The report, with the decoder and the plan that it rests on."""
     _check_versions(model)
     graph = Graph(model)
@@ -107,7 +125,7 @@ def examine(model: Model) -> Findings:
         raise UnsupportedModelError(f"the model has {DOMAIN} nodes: it is already rewritten; start from the original")
     other: frozenset[str] = frozenset()
     while True:
-        decoder, plan, sites, missed = _search(graph, other)
+        decoder, plan, sites, missed = _search(graph, other, cross)
         left = {cache.input for cache in decoder.caches.values()} - {
             name for site in sites for name in site.cache_inputs
         }
@@ -120,13 +138,17 @@ def examine(model: Model) -> Findings:
     return Findings(decoder, plan, Report(tuple(sites), tuple(missed), element, _rounds_activations(graph)))
 
 
-def _search(graph: Graph, other: Collection[str]) -> tuple[Decoder, Plan, list[Site], list[Miss]]:
+def _search(graph: Graph, other: Collection[str], cross: bool) -> tuple[Decoder, Plan, list[Site], list[Miss]]:
     """Sites that can be cut out together, where the `other` caches may have a length of their own, as a prompt has."""
     ports: dict[str, tuple[Port, ...]] = {op: ports for family in FAMILIES for op, ports in family.PORTS.items()}
-    decoder = read_decoder(graph, ports, other)
+    decoder = read_decoder(graph, ports, other, cross=cross)
     found = list(_matches(decoder))
     reader = FieldReader(decoder)
-    sites = [with_mask_facts(decoder, reader, site) for site in found if isinstance(site, Site)]
+    sites = [
+        site if site.kind == CROSS else with_mask_facts(decoder, reader, site)
+        for site in found
+        if isinstance(site, Site)
+    ]
     missed = [miss for miss in found if isinstance(miss, Miss)]
     while sites:
         refused = _unlike_a_cache(sites) or misses(decoder, sites)
@@ -174,7 +196,20 @@ def _matches(decoder: Decoder) -> Iterator[Site | Miss]:
                 except (MissError, TooComplexError) as error:
                     found = Miss(node.name, str(error))
                 if found is not None:
-                    yield found
+                    yield found if isinstance(found, Miss) else _of_its_kind(decoder, found)
+
+
+def _of_its_kind(decoder: Decoder, site: Site) -> Site | Miss:
+    """The site with the kind of its caches, if it is sound for that kind."""
+    kinds = {cache.kind for cache in decoder.caches.values() if cache.input in site.cache_inputs}
+    if len(kinds) > 1:
+        names = ", ".join(site.cache_inputs)
+        return Miss(site.node, f"keys and values come from one cache that grows and one that does not: {names}")
+    (kind,) = kinds
+    counts_past = any(isinstance(new, NewNode) and PAST_LENGTH in new.inputs for new in site.prologue)
+    if kind == CROSS and (site.is_causal or site.window or counts_past):
+        return Miss(site.node, f"its mask counts tokens of {site.cache_inputs[0]!r}, which are not the decoder's")
+    return replace(site, kind=kind)
 
 
 def _unlike_a_cache(sites: Sequence[Site]) -> dict[int, Miss]:
@@ -184,7 +219,7 @@ def _unlike_a_cache(sites: Sequence[Site]) -> dict[int, Miss]:
         if len({_layer(name) for name in site.cache_inputs} - {None}) > 1:
             names = ", ".join(site.cache_inputs)
             found[i] = Miss(site.node, f"keys and values come from caches of different layers: {names}")
-        elif "" in site.cache_outputs:
+        elif site.kind == SELF and "" in site.cache_outputs:
             name = site.cache_inputs[site.cache_outputs.index("")]
             found[i] = Miss(site.node, f"no output returns {name!r} joined with the new tokens; it may be no cache")
         elif crossed := [pair for pair in zip(site.cache_inputs, site.cache_outputs, strict=True) if _crossed(*pair)]:
@@ -216,7 +251,8 @@ def _layer(name: str) -> int | None:
 def _numbered(sites: Sequence[Site]) -> list[Site]:
     layers = [_layer(site.cache_inputs[0]) for site in sites]
     named = [layer for layer in layers if layer is not None]
-    numbers = named if len(set(named)) == len(sites) else range(len(sites))
+    once = len({(site.kind, layer) for site, layer in zip(sites, layers, strict=True)}) == len(sites)
+    numbers = named if once and len(named) == len(sites) else range(len(sites))
     return [replace(site, layer=layer) for site, layer in zip(sites, numbers, strict=True)]
 
 
@@ -231,7 +267,7 @@ def _unmatched(decoder: Decoder, sites: Sequence[Site], explained: bool) -> Iter
     readers: dict[Node, list[str]] = {}
     for name in decoder.unjoined:
         reader = next((n for n in decoder.graph.consumers(name) if n.op != "Shape"), None)
-        if reader is not None and _grows(decoder, name):
+        if reader is not None and grows(decoder.graph, name):
             readers.setdefault(reader, []).append(name)
     for reader, names in readers.items():
         shown = names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
@@ -254,18 +290,3 @@ def _unread(decoder: Decoder, cache: Cache, latent: Mapping[str, Node]) -> str:
     if not readers:
         return "a cache that nothing reads"
     return f"a cache that {readers[0]} reads, after which no attention family recognizes it"
-
-
-def _grows(decoder: Decoder, name: str) -> bool:
-    """Whether what a cache input becomes leaves the model again, as a growing cache does and an encoder's does not."""
-    stop = ("MatMul", "Gemm", "Softmax", "Attention", "com.microsoft.FusedMatMul", "Shape")
-    pending, seen = [(name, False)], {name}
-    while pending:
-        tensor, changed = pending.pop()
-        if tensor in decoder.graph.outputs and changed:
-            return True
-        for node in decoder.graph.consumers(tensor):
-            if node.op not in stop:
-                pending += [(out, changed or node.op != "Identity") for out in node.outputs if out not in seen]
-                seen.update(node.outputs)
-    return False

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from .graph import Dim, Node, Shape, Source
 from .patterns import Added, Decoder, Miss, NewNode, Site
 from .patterns.decoder import PAST_LENGTH
+from .spec import CROSS
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +67,10 @@ def make_plan(decoder: Decoder, sites: Sequence[Site]) -> Plan | Miss:
 
 
 def _vanishing(decoder: Decoder, site: Site) -> set[str]:
-    """Tensors that go with a site: its caches, what covered nodes make, and what is made of these for Shape only."""
+    """Tensors that go with a site: its caches, what covered nodes make, and what is made of these for Shape only.
+
+    The inputs of a `cross` site stay, but with no tokens in most steps, so that nothing else may rely on them either.
+    """
     gone = {name for i in site.covered for name in decoder.graph.nodes[i].outputs if name} | set(site.cache_inputs)
     gone.discard(site.output.tensor)
     pending = list(gone)
@@ -87,14 +91,19 @@ def _operands(site: Site) -> list[str]:
 
 def _leaks(decoder: Decoder, site: Site, covered: Collection[int]) -> Iterator[str]:
     gone = _vanishing(decoder, site)
+    fate = (
+        "which a step leaves empty once the cache is stored"
+        if site.kind == CROSS
+        else "which would vanish with the cache"
+    )
     for tensor in sorted(gone):
         for reader in decoder.graph.consumers(tensor):
             if reader.index not in covered and reader.op != "Shape" and not gone.issuperset(reader.outputs):
-                yield f"{tensor!r}, which would vanish with the cache, is also read by {reader}"
+                yield f"{tensor!r}, {fate}, is also read by {reader}"
         if tensor in decoder.graph.outputs and tensor not in site.cache_outputs:
-            yield f"{tensor!r}, which would vanish with the cache, is an output of the model"
+            yield f"{tensor!r}, {fate}, is an output of the model"
     for name in _operands(site):
-        if name in gone:
+        if name in gone and not (site.kind == CROSS and name in site.cache_inputs):
             yield f"{name!r} is an operand of the attention and would vanish with the cache"
 
 

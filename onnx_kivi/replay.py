@@ -10,11 +10,13 @@ import numpy as np
 import numpy.typing as npt
 import onnxruntime as ort
 
-from .decoder import Decoder
+from .decoder import ENCODER_TOKENS, Decoder
 from .errors import UnsupportedModelError
 from .evaluate import log_softmax
 from .inspector import Report
+from .runtime.cache import Cache
 from .session import Session, open_model, quiet_options
+from .spec import CROSS
 
 FloatArray = npt.NDArray[np.float32]
 IntArray = npt.NDArray[np.int64]
@@ -74,7 +76,14 @@ class Reference:
     """The original's logits on the tokens that it can be run on, and what others make of the same tokens."""
 
     def __init__(
-        self, path: str | os.PathLike[str], report: Report, prompts: list[int], steps: int, batch: int, seed: int
+        self,
+        path: str | os.PathLike[str],
+        report: Report,
+        prompts: list[int],
+        steps: int,
+        batch: int,
+        seed: int,
+        encoder_tokens: int = ENCODER_TOKENS,
     ) -> None:
         self._path = path
         self._pairs = {
@@ -88,7 +97,9 @@ class Reference:
             for name, size in zip(site.cache_inputs, (site.k_head_size, site.v_head_size), strict=False)
             if size
         }
-        self._capacities = {name: site.capacity for site in report.sites if site.capacity for name in site.cache_inputs}
+        capacities = ((site, encoder_tokens if site.kind == CROSS else site.capacity) for site in report.sites)
+        self._capacities = {name: tokens for site, tokens in capacities if tokens for name in site.cache_inputs}
+        self._encoder_tokens = encoder_tokens
         session = open_model(path, _silent_options())
         pads_right = any(site.family == "gqa" for site in report.sites)
         has_mask = any(i.name == "attention_mask" for i in session.get_inputs())
@@ -126,7 +137,7 @@ class Reference:
         scores = []
         for tokens, expected in self._runs:
             with session.new_cache() as cache:
-                decoder = Decoder(session, cache, pairs=self._pairs)
+                decoder = self._decoder(session, cache)
                 scores.append(_compare(tokens, expected, tokens.replay(decoder), cache.sealed_tokens))
         weights = [s.tokens for s in scores]
         return Scores(
@@ -138,8 +149,15 @@ class Reference:
             sum(weights),
         )
 
-    def _decoder(self, session: ort.InferenceSession) -> Decoder:
-        return Decoder(session, pairs=self._pairs, head_sizes=self._head_sizes, capacities=self._capacities)
+    def _decoder(self, session: ort.InferenceSession | Session, cache: Cache | None = None) -> Decoder:
+        return Decoder(
+            session,
+            cache,
+            pairs=self._pairs,
+            head_sizes=self._head_sizes,
+            capacities=self._capacities,
+            encoder_tokens=self._encoder_tokens,
+        )
 
 
 def _silent_options() -> ort.SessionOptions:

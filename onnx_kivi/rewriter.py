@@ -20,6 +20,7 @@ from .patterns.decoder import PAST_LENGTH, Decoder
 from .plan import Plan
 from .spec import (
     COMMITTED_LENGTH,
+    CROSS,
     DEFAULT_HANDLE,
     DOMAIN,
     HANDLE_INPUT,
@@ -28,6 +29,7 @@ from .spec import (
     OPSET_VERSION,
     PAST_LENGTH_INPUT,
     QUANTIZED_KV_SDPA,
+    STORED_TOKENS,
     SdpaAttributes,
     StepAttributes,
 )
@@ -42,6 +44,8 @@ def rewrite(
 ) -> tuple[Model, Report]:
     """Move the caches of a model, or model file, into QuantizedKvSdpa nodes. A `Model` given is not changed.
 
+    config.cross: also the caches that no step adds to, an encoder's. Their inputs stay, with `tokens_to_store` tokens:
+    a run that feeds some fills the slots, or fills them anew; one that feeds 0 tokens attends to what they hold.
     partial: rewrite the sites that match and leave other caches as they are. Raises UnsupportedModelError naming the
     misses if there are any (or, with `partial`, if nothing matches).
     """
@@ -50,11 +54,12 @@ def rewrite(
         model.CopyFrom(original)
     else:
         model = load(model)
-    findings = examine(model)
+    config = config or KiviConfig()
+    findings = examine(model, cross=config.cross)
     report = findings.report
     if report.misses and not (partial and report.sites):
         raise UnsupportedModelError(_refusal(report, partial))
-    _emit(model, findings, config or KiviConfig())
+    _emit(model, findings, config)
     return model, report
 
 
@@ -98,11 +103,17 @@ def _emit(model: Model, findings: Findings, config: KiviConfig) -> None:
         edit,
         model,
         removed_nodes=removed,
-        removed_inputs={name for site in sites for name in site.cache_inputs},
+        removed_inputs={name for site in sites for name in site.removed_inputs},
         removed_outputs={name for site in sites for name in site.cache_outputs if name},
         new_inputs={
             HANDLE_INPUT: np.array([DEFAULT_HANDLE], np.int64),
             PAST_LENGTH_INPUT: np.array([COMMITTED_LENGTH], np.int64),
+        },
+        renamed_axes={
+            operand.tensor: (operand.layout.index("S"), STORED_TOKENS)
+            for site in live
+            if site.kind == CROSS
+            for operand in (site.key, site.value)
         },
         opset=(DOMAIN, OPSET_VERSION),
         least_ir_version=MIN_IR_VERSION,
@@ -123,11 +134,12 @@ def _emit_site(edit: Edit, decoder: Decoder, site: Site, slot: int, step: str, m
     k_bits, v_bits = config.bits(site.layer)
     attributes = SdpaAttributes(
         slot=slot,
+        kind=site.kind,
         k_bits=k_bits,
         v_bits=v_bits,
         block_tokens=config.block_tokens,
         v_group_size=config.v_group_size,
-        residual_length=config.residual_length,
+        residual_length=config.residual(site.kind),
         sink_length=config.sink_length,
         scale=site.scale,
         softcap=site.softcap,

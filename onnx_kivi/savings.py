@@ -13,6 +13,7 @@ from .patterns import Site
 from .spec import DENSE_BITS
 
 CONTEXTS = (4096, 32768, 131072)
+ENCODER_CONTEXTS = (512, 1500)
 BITS = (8, 4, 2)
 ELEMENT_BYTES = {"float": 4, "float16": 2, "bfloat16": 2}
 PARAMETER_BYTES = 4
@@ -36,7 +37,7 @@ def cache_bytes(sites: Sequence[Site], config: KiviConfig, tokens: int) -> int |
         if site.k_head_size is None or site.v_head_size is None:
             return None
         k_bits, v_bits = config.bits(site.layer)
-        past = max(0, tokens - config.sink_length - config.residual_length)
+        past = max(0, tokens - config.sink_length - config.residual(site.kind))
         sealed = past // config.block_tokens * config.block_tokens
         sides = (
             (_key_block(k_bits, site.k_head_size, config), site.k_head_size),
@@ -61,10 +62,10 @@ def _value_block(bits: int, size: int, config: KiviConfig) -> int:
     return config.block_tokens * (-(-size * bits // 8) + groups * PARAMETER_BYTES)
 
 
-def savings(sites: Sequence[Site]) -> list[dict[str, int]]:
-    """A row per context of CONTEXTS: bytes of the original and of the op's cache at each of BITS, else defaults."""
+def savings(sites: Sequence[Site], contexts: Sequence[int] = CONTEXTS) -> list[dict[str, int]]:
+    """A row per context: bytes of the original and of the op's cache at each of BITS, else defaults."""
     rows = []
-    for tokens in CONTEXTS:
+    for tokens in contexts:
         original = original_bytes(sites, tokens)
         if not sites or original is None:
             return []

@@ -11,12 +11,12 @@ import numpy as np
 import numpy.typing as npt
 import onnxruntime as ort
 
-from .decoder import Decoder
+from .decoder import ELEMENTS, Decoder
 from .errors import CacheError, UnsupportedModelError
 from .generate import generate
 from .runtime.cache import Cache
 from .runtime.hosts import choose, register, take_error
-from .spec import HANDLE_INPUT, PAST_LENGTH_INPUT
+from .spec import HANDLE_INPUT, PAST_LENGTH_INPUT, STORED_TOKENS
 
 MODEL_FILE = "model.onnx"
 ERROR = 3
@@ -54,6 +54,7 @@ class Session:
                 f"{_name(model)}: expected a rewritten model, with inputs {HANDLE_INPUT} and {PAST_LENGTH_INPUT}, "
                 "got one without; run onnx-kivi rewrite on it first"
             )
+        self._stored = [i for i in self._session.get_inputs() if STORED_TOKENS in i.shape]
         self.cache = self.new_cache()
 
     def new_cache(self) -> Cache:
@@ -74,14 +75,16 @@ class Session:
     ) -> list[Any]:
         """As InferenceSession.run; the new tokens are appended to `cache` (default: this session's own).
 
-        Feeding past_length = n first drops what lies beyond n tokens. Raises CacheError (or another KiviError) for
-        whatever the op refused, after which the cache is as it was before the run.
+        Feeding past_length = n first drops what lies beyond n tokens. An encoder's keys and values that the model
+        stores (`rewrite --cross`) are fed once, and again when there are others; a run without them attends to those
+        held. Raises CacheError (or another KiviError) for whatever the op refused, after which the cache is as it was
+        before the run.
         """
         cache = self.cache if cache is None else cache
         if not cache.run_lock.acquire(blocking=False):
             raise CacheError("run: expected a cache that no other run uses, got one in use; give each thread its own")
         try:
-            feeds = dict(input_feed)
+            feeds = {**input_feed, **self._held(input_feed, cache)}
             feeds[HANDLE_INPUT] = np.array([cache.handle], np.int64)
             results, failure = None, None
             try:
@@ -106,14 +109,16 @@ class Session:
         seed: int | None = None,
         stop_tokens: Sequence[int] = (),
         cache: Cache | None = None,
+        inputs: Mapping[str, npt.NDArray[Any]] | None = None,
     ) -> Iterator[int]:
         """Generate after the prompt `ids`, one token id at a time, greedily or by sampling (temperature > 0).
 
-        Starts a new conversation on a fresh cache, unless `cache` is given, which is then continued. Stops after
+        inputs: what the model takes beside tokens, by input name: an encoder's keys, values and mask. Starts a new
+        conversation on a fresh cache, unless `cache` is given, which is then continued. Stops after
         max_new_tokens or at (and without) a stop token. Raises ConfigError for options out of range.
         """
         return generate(
-            Decoder(self, self.new_cache() if cache is None else cache),
+            Decoder(self, self.new_cache() if cache is None else cache, given=inputs or {}),
             ids,
             max_new_tokens=max_new_tokens,
             temperature=temperature,
@@ -122,8 +127,37 @@ class Session:
             stop_tokens=stop_tokens,
         )
 
+    def _held(self, feeds: Mapping[str, Any], cache: Cache) -> dict[str, npt.NDArray[Any]]:
+        """Arrays of no tokens for the inputs that slots store, if none of them is fed. Raises CacheError."""
+        absent = [i for i in self._stored if i.name not in feeds]
+        if not absent:
+            return {}
+        if len(absent) < len(self._stored):
+            raise CacheError(
+                f"run: {absent[0].name}: expected all of an encoder's keys and values, or none, got "
+                f"{len(self._stored) - len(absent)} of {len(self._stored)}"
+            )
+        if cache.nbytes == 0:
+            raise CacheError(
+                f"run: {absent[0].name}: expected an encoder's keys or values, as the cache holds none, got nothing; "
+                "feed them in the first run"
+            )
+        return {i.name: np.zeros([self._size(i, size, feeds) for size in i.shape], ELEMENTS[i.type]) for i in absent}
+
+    def _size(self, stored: ort.NodeArg, size: int | str | None, feeds: Mapping[str, Any]) -> int:
+        """The size of an axis of an input that stores nothing: 0 tokens, and others as what is fed has them."""
+        if isinstance(size, int) or size == STORED_TOKENS:
+            return size if isinstance(size, int) else 0
+        for i in self._session.get_inputs():
+            if i.name in feeds and size is not None and size in i.shape:
+                return int(np.shape(feeds[i.name])[i.shape.index(size)])
+        raise CacheError(
+            f"run: {stored.name}: expected a shape that the other inputs tell, got {stored.shape}; feed an array of "
+            "0 tokens"
+        )
+
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("__") or name == "_session":
+        if name.startswith("__") or name in ("_session", "_stored"):
             raise AttributeError(name)
         return getattr(self._session, name)
 

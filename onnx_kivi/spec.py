@@ -23,9 +23,13 @@ MIN_IR_VERSION = 8
 
 HANDLE_INPUT = "cache_handle"
 PAST_LENGTH_INPUT = "past_length"
+STORED_TOKENS = "tokens_to_store"
 DEFAULT_HANDLE = 0
 COMMITTED_LENGTH = -1
 NO_STEP = -1
+
+SELF = "self"
+CROSS = "cross"
 
 DENSE_BITS = 32
 BITS = (2, 4, 8, DENSE_BITS)
@@ -143,7 +147,7 @@ class SdpaAttributes(_NodeAttributes):
     """Attributes of QuantizedKvSdpa."""
 
     slot: int = _attribute("which cache of the model this node reads and appends to")
-    kind: str = _attribute("`self`: grows with each step; `cross`: filled once, never cropped", "self")
+    kind: str = _attribute("`self`: grows with each step; `cross`: filled once, never cropped", SELF)
     k_bits: int = _attribute("bits of a sealed key code: 2, 4, 8; 32 keeps keys in f32", 8)
     v_bits: int = _attribute("bits of a sealed value code: 2, 4, 8; 32 keeps values in f32", 8)
     block_tokens: int = _attribute("tokens sealed at once, and the tokens that share a key channel's parameters", 64)
@@ -162,7 +166,7 @@ class SdpaAttributes(_NodeAttributes):
         check_store_options(
             self.k_bits, self.v_bits, self.block_tokens, self.v_group_size, self.residual_length, self.sink_length
         )
-        _one_of("kind", self.kind, ("self", "cross"))
+        _one_of("kind", self.kind, (SELF, CROSS))
         _one_of("is_causal", self.is_causal, (0, 1))
         _one_of("nan_to_zero", self.nan_to_zero, (0, 1))
         _at_least("window", self.window, 0)

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from .config import KiviConfig
-from .decoder import Decoder
+from .decoder import ENCODER_TOKENS, Decoder
 from .errors import ConfigError
 from .graph import load, save
 from .inspector import inspect
@@ -24,7 +24,7 @@ from .progress import Progress, silent
 from .replay import Reference, Scores
 from .rewriter import rewrite
 from .session import Session
-from .spec import DENSE_BITS, SdpaAttributes
+from .spec import CROSS, DENSE_BITS, SELF, SdpaAttributes
 
 DENSE_PROMPTS = (24, 8)
 # Rounding: ten times what onnxruntime's own optimizations change, within (floor, ceiling) of the logits' range.
@@ -83,11 +83,11 @@ def verify(
     for name, value in (("prompt", prompt), ("steps", steps), ("batch", batch)):
         if value is not None and value < 1:
             raise ConfigError(f"{name}: expected an integer >= 1, got {value}")
-    report = inspect(original)
     slots = _slots(rewritten)
+    report = inspect(original, cross=any(a.kind == CROSS for a in slots))
     quantized = [a for a in slots if min(a.k_bits, a.v_bits) < DENSE_BITS]
     progress("verify: running the original", 0.0)
-    reference = Reference(original, report, _prompts(slots, prompt), steps, batch, seed)
+    reference = Reference(original, report, _prompts(slots, prompt), steps, batch, seed, _encoder_tokens(slots))
     floor, ceiling = INT8_ROUNDING if report.int8_activations else ROUNDING[report.element]
     limit = tolerance if tolerance is not None else float(np.clip(10 * reference.noise(), floor, ceiling))
     if not quantized:
@@ -97,7 +97,7 @@ def verify(
     with tempfile.TemporaryDirectory(dir=Path(rewritten).parent, prefix=".kivi-verify-") as folder:
         progress("verify: rewriting and running its 32-bit sibling", 0.4)
         sibling = Path(folder) / "model.onnx"
-        save(rewrite(load(original), _dense(slots[0]), partial=bool(report.misses))[0], sibling, temporary=True)
+        save(rewrite(load(original), _dense(slots), partial=bool(report.misses))[0], sibling, temporary=True)
         exact = reference.compare(sibling)
     progress("verify: running the rewritten model", 0.7)
     return _judge(exact, reference.compare(rewritten), limit, min(min(a.k_bits, a.v_bits) for a in quantized))
@@ -147,11 +147,19 @@ def _prompts(slots: list[SdpaAttributes], prompt: int | None) -> list[int]:
     return lengths if any(min(a.k_bits, a.v_bits) < DENSE_BITS for a in slots) else [*lengths, *DENSE_PROMPTS]
 
 
-def _dense(attributes: SdpaAttributes) -> KiviConfig:
+def _encoder_tokens(slots: list[SdpaAttributes]) -> int:
+    """Tokens of the encoder: enough to seal several blocks in the slots that store its keys and values."""
+    cross = [a for a in slots if a.kind == CROSS]
+    return max((a.sink_length + 2 * a.block_tokens + ENCODER_TOKENS for a in cross), default=ENCODER_TOKENS)
+
+
+def _dense(slots: list[SdpaAttributes]) -> KiviConfig:
+    attributes = next((a for a in slots if a.kind == SELF), slots[0])
     return KiviConfig(
         k_bits=DENSE_BITS,
         v_bits=DENSE_BITS,
         block_tokens=attributes.block_tokens,
         residual_length=attributes.residual_length,
         sink_length=attributes.sink_length,
+        cross=any(a.kind == CROSS for a in slots),
     )

@@ -63,7 +63,7 @@ def rewrite_view(report: Report, output: Path, checked: Verification | None) -> 
             "attention sites": f"{len(report.sites)} ({', '.join(families)})",
             "left as they are": len(report.misses) or None,
             "cache inputs and outputs removed": sum(
-                len(site.cache_inputs) + len(site.cache_outputs) for site in report.sites
+                len(site.removed_inputs) + sum(map(bool, site.cache_outputs)) for site in report.sites
             ),
             "verified": None if checked else "no (--no-verify)",
         },

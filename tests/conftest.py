@@ -48,6 +48,19 @@ def rewritten(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[
     return at
 
 
+@pytest.fixture(params=["python", "native"])
+def open_session(request: pytest.FixtureRequest) -> Callable[[Path], kivi.Session]:
+    """Opens sessions on each host that this machine has."""
+
+    def opened(path: Path) -> kivi.Session:
+        try:
+            return kivi.Session(path, host=request.param)
+        except kivi.BackendUnavailableError as error:
+            pytest.skip(str(error))
+
+    return opened
+
+
 @pytest.fixture
 def rng() -> np.random.Generator:
     """A generator that starts from the same state in every test."""

@@ -12,6 +12,7 @@ import pytest
 
 from onnx_kivi.cli import main
 from onnx_kivi.runtime.hosts import describe
+from zoo import MODELS
 
 SMALL = ("--block-tokens", "16", "--residual", "8", "--sinks", "2")
 
@@ -83,6 +84,31 @@ def test_rewrite_options_reach_the_nodes(tiny: Path, tmp_path: Path, run: Run) -
     assert {f["v_group_size"] for f in found} == {8}
     assert {f["residual_length"] for f in found} == {8}
     assert {f["sink_length"] for f in found} == {2}
+
+
+def test_cross_reaches_inspect_and_rewrite(tmp_path: Path, run: Run) -> None:
+    source, out = MODELS["optimum/t5/decoder_with_past_model"], tmp_path / "small.onnx"
+    assert [site["kind"] for site in json_of(run("inspect", source, "--json"))["sites"]] == ["self"] * 2
+    found = json_of(run("inspect", source, "--cross", "--json"))["sites"]
+    assert [(site["layer"], site["kind"]) for site in found] == [
+        (n, kind) for n in (0, 1) for kind in ("self", "cross")
+    ]
+    args = ("--cross", *SMALL, "--layer-bits", "1:4")
+    data = json_of(run("rewrite", source, "-o", out, *args, "--json"))
+    assert data["verify"]["ok"]
+    assert data["verify"]["sealed_tokens"] > 0
+    assert sorted(data["removed_inputs"]) == sorted(
+        f"past_key_values.{n}.decoder.{side}" for n in (0, 1) for side in ("key", "value")
+    )
+    assert all("decoder" in name for name in data["removed_outputs"])
+    nodes = [n for n in onnx.load(out).graph.node if n.op_type == "QuantizedKvSdpa"]
+    found = [{a.name: a.s.decode() if a.name == "kind" else a.i for a in n.attribute} for n in nodes]
+    assert sorted((f["kind"], f["k_bits"], f["residual_length"], f["sink_length"]) for f in found) == [
+        ("cross", 4, 0, 2),
+        ("cross", 8, 0, 2),
+        ("self", 4, 8, 2),
+        ("self", 8, 8, 2),
+    ]
 
 
 def test_verify_reports_and_fails_with_1(tiny: Path, rewritten: Callable[[int], Path], run: Run) -> None:

@@ -23,19 +23,6 @@ ROUNDING = 1e-4
 Opener = Callable[[Path], kivi.Session]
 
 
-@pytest.fixture(params=["python", "native"])
-def open_session(request: pytest.FixtureRequest) -> Opener:
-    """Opens sessions on each host that this machine has."""
-
-    def opened(path: Path) -> kivi.Session:
-        try:
-            return kivi.Session(path, host=request.param)
-        except kivi.BackendUnavailableError as error:
-            pytest.skip(str(error))
-
-    return opened
-
-
 def feeds(ids: npt.NDArray[np.int64], past: int) -> dict[str, npt.NDArray[np.int64]]:
     B, S = ids.shape
     return {

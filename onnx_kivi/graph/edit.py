@@ -98,10 +98,14 @@ def apply(
     removed_inputs: Collection[str],
     removed_outputs: Collection[str],
     new_inputs: Mapping[str, npt.NDArray[np.int64]],
+    renamed_axes: Mapping[str, tuple[int, str]],
     opset: tuple[str, int],
     least_ir_version: int,
 ) -> None:
-    """Change `model`, whose graph `edit` was made for. `new_inputs` become inputs with these default initializers."""
+    """Change `model`, whose graph `edit` was made for. `new_inputs` become inputs with these default initializers.
+
+    renamed_axes: input -> (axis, name), an axis whose size is no longer that of others of its old name.
+    """
     graph = model.graph
     legacy = {t.name for t in graph.initializer} - edit.graph.inputs.keys()
     old = [n for n in edit.graph.nodes if n.index not in removed_nodes]
@@ -114,6 +118,10 @@ def apply(
     kept = [i for i in graph.input if i.name not in removed_inputs and i.name not in legacy]
     values = [helper.make_tensor_value_info(n, onnx.TensorProto.INT64, list(v.shape)) for n, v in new_inputs.items()]
     _replace(graph.input, [*(_copy(i) for i in kept), *values])
+    for value in graph.input:
+        if value.name in renamed_axes:
+            axis, symbol = renamed_axes[value.name]
+            value.type.tensor_type.shape.dim[axis].dim_param = symbol
     graph.initializer.extend(edit.constants.values())
     graph.initializer.extend(numpy_helper.from_array(value, name) for name, value in new_inputs.items())
     used = {name for i in order for name in (*protos[i].input, *captured[i])} | {o.name for o in outputs}

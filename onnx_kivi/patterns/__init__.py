@@ -4,8 +4,8 @@ FAMILY: its name. ANCHORS: the operators ("Softmax", "com.microsoft.GroupQueryAt
 operators that join past and new themselves, each with the past inputs, present outputs and token axis; Concat is
 known already. match(decoder, node) -> Site | None: called for every anchor; None if the node is no attention over a
 cache, MissError if it is one but a guard fails, which the inspector turns into a Miss at the node. A family reads the
-`Decoder`, returns values and changes nothing;
-`layer` is filled in by the inspector. Nodes that must be emitted in front of the op go into `Site.prologue`.
+`Decoder`, returns values and changes nothing; `layer` and `kind` are filled in by the inspector. Nodes that must be
+emitted in front of the op go into `Site.prologue`.
 """
 
 from __future__ import annotations

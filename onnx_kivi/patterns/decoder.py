@@ -1,7 +1,8 @@
 """What a family sees of a model: the graph, its shapes, and the caches found in it.
 
 A cache is a float graph input whose data is joined with new tokens along one axis: by a Concat whose first part it
-is, or inside a node that takes past and gives present (the `Port`s that families declare).
+is, or inside a node that takes past and gives present (the `Port`s that families declare). On demand it is also one
+that is named like a cache and never changes, as an encoder's keys and values: of kind `cross`.
 """
 
 from __future__ import annotations
@@ -11,9 +12,20 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from ..graph import FLOATS, Graph, Node, Shape, Shapes, element_name, infer_shapes, symbol
+from ..spec import CROSS, SELF
 
 PAST_LENGTH = "onnx_kivi.past_length"
 PASSES_ON = ("Identity", "Cast")
+ENDS_A_CACHE = (
+    "MatMul",
+    "Gemm",
+    "Softmax",
+    "Attention",
+    "com.microsoft.FusedMatMul",
+    "com.microsoft.MultiHeadAttention",
+    "Shape",
+)
+TOKENS_AXIS = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +52,8 @@ class Cache:
     """One cache tensor: `joined` holds past and new along `axis`; `new` is "" if the joining node has it inside.
 
     output: the graph output that returns it, "" if none does. nodes: indices of the nodes from `input` to `joined`
-    and on to `output`. rank: of the input. fixed: it is a buffer, whose axis is not the past length.
+    and on to `output`. rank: of the input. fixed: it is a buffer, whose axis is not the past length. kind: `self`, or
+    `cross`, whose `joined` and `new` are the input itself, and whose axis is a length of its own.
     """
 
     input: str
@@ -51,6 +64,7 @@ class Cache:
     rank: int
     nodes: frozenset[int]
     fixed: bool = False
+    kind: str = SELF
 
 
 @dataclass(frozen=True)
@@ -88,15 +102,22 @@ class Decoder:
         return frozenset(found)
 
 
-def read_decoder(graph: Graph, ports: Mapping[str, tuple[Port, ...]], other: Collection[str] = ()) -> Decoder:
-    """Find the caches of a graph and infer its shapes with one past length for all but the `other` ones."""
+def read_decoder(
+    graph: Graph, ports: Mapping[str, tuple[Port, ...]], other: Collection[str] = (), *, cross: bool = False
+) -> Decoder:
+    """Find the caches of a graph, those of kind `cross` on demand, and infer its shapes.
+
+    All caches of kind `self` have one past length, but for the `other` ones.
+    """
     caches = tuple(_caches(graph, ports))
+    if cross:
+        caches += tuple(_constant_caches(graph, {cache.input for cache in caches}))
     past: dict[str, Shape] = {}
     for cache in caches:
         sizes = graph.inputs[cache.input].type.tensor_type.shape.dim
         past[cache.input] = tuple(
             symbol(PAST_LENGTH)
-            if i == cache.axis and not cache.fixed and cache.input not in other
+            if i == cache.axis and not cache.fixed and cache.kind == SELF and cache.input not in other
             else d.dim_value
             if d.HasField("dim_value")
             else symbol(d.dim_param or f"{cache.input}[{i}]")
@@ -140,6 +161,31 @@ def _join(graph: Graph, name: str, rank: int, ports: Mapping[str, tuple[Port, ..
                 path = frozenset((*(nodes if new else nodes[:-1]), *more))
                 return Cache(name, output, joined, new, port.axis, rank, path, port.is_fixed(node))
         return None
+
+
+def _constant_caches(graph: Graph, joined: Collection[str]) -> Iterator[Cache]:
+    for name, info in graph.inputs.items():
+        sizes = info.type.tensor_type.shape.dim
+        unjoined = name not in joined and is_cache_name(graph, name) and element_name(info)
+        if unjoined and len(sizes) == 4 and not grows(graph, name):
+            dynamic = [axis for axis, size in enumerate(sizes) if axis and not size.HasField("dim_value")]
+            axis = dynamic[0] if len(dynamic) == 1 else TOKENS_AXIS
+            output, nodes = _returned(graph, name)
+            yield Cache(name, output, name, name, axis, len(sizes), frozenset(nodes), kind=CROSS)
+
+
+def grows(graph: Graph, name: str) -> bool:
+    """Whether what a cache input becomes leaves the model again, as a growing cache does and an encoder's does not."""
+    pending, seen = [(name, False)], {name}
+    while pending:
+        tensor, changed = pending.pop()
+        if tensor in graph.outputs and changed:
+            return True
+        for node in graph.consumers(tensor):
+            if node.op not in ENDS_A_CACHE:
+                pending += [(out, changed or node.op not in PASSES_ON) for out in node.outputs if out not in seen]
+                seen.update(node.outputs)
+    return False
 
 
 def _returned(graph: Graph, joined: str) -> tuple[str, list[int]]:

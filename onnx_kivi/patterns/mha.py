@@ -1,7 +1,7 @@
 """com.microsoft MultiHeadAttention: past and present inside, or keys and values that are caches joined outside.
 
 Its causal mask counts from the past that the node itself joins and hides with the lowest float; its padding mask fills
-with `mask_filter_value`. Without a cache, as in cross-attention over an encoder, it is no site.
+with `mask_filter_value`. Without a cache it is no site.
 Source: ContribOperators.md; the CPU kernel (mask forms).
 """
 
@@ -38,15 +38,13 @@ def match(decoder: Decoder, node: Node) -> Site | None:
         raise MissError(f"{node.op}: expected keys and values of caches as they are, got {node.inputs[KEY:INPUT_BIAS]}")
     refuse(node, REFUSED_INPUTS, {3: "the scores"})
     causal = bool(node.attr("unidirectional", 0))
-    if not inside:
-        refuse(node, {INPUT_BIAS: "the bias of a projection of what is in the cache already"}, {})
     if causal and not inside:
         raise MissError("unidirectional over a cache joined outside counts positions from 0, not from the past")
     if inside:
         query, key, value = (Operand(name, LAYOUT) for name in _biased(decoder, prologue, node))
         lies = Operand("", "BHSD"), Operand("", "BHSD")
     else:
-        query = Operand(node.inputs[QUERY], LAYOUT)
+        query = Operand(_biased_query(decoder, prologue, node), LAYOUT)
         key, value = lies = cache_operand(keys, node, tokens_last=False), cache_operand(values, node, tokens_last=False)
     (kv_heads, k_head_size), (v_heads, v_head_size) = (
         cache_sizes(decoder, view, operand) for view, operand in zip((keys, values), lies, strict=True)
@@ -95,6 +93,21 @@ def _biased(decoder: Decoder, prologue: Prologue, node: Node) -> tuple[str, ...]
         raise MissError(f"{node.op}: a bias whose parts are not known, for the widths of query, key and value are not")
     parts = prologue.split(node.inputs[INPUT_BIAS], 0, *sizes)
     return tuple(prologue.node("Add", name, part) for name, part in zip(names, parts, strict=True))
+
+
+def _biased_query(decoder: Decoder, prologue: Prologue, node: Node) -> str:
+    """Query, (B, S, heads * D), with its part of a bias that leaves keys and values as they are in the cache."""
+    query, bias = node.inputs[QUERY], node.input(INPUT_BIAS)
+    if not bias:
+        return query
+    width, values = (decoder.shapes.shape(query) or (None,))[-1], decoder.graph.constant(bias)
+    if not isinstance(width, int) or values is None or values[width:].any():
+        raise MissError(
+            f"{node.op}: input {INPUT_BIAS}, the bias of a projection of what is in the cache already, is given; "
+            "expected none, or zeros for keys and values"
+        )
+    own, _ = prologue.split(bias, 0, width, len(values) - width)
+    return prologue.node("Add", query, own)
 
 
 def _view(decoder: Decoder, tensor: str) -> CacheView | None:

@@ -10,6 +10,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from ..spec import CROSS, SELF
+
 Number = int | float
 LAYOUTS = ("BHSD", "BSHD", "BHDS", "(BH)SD", "BS(HD)")
 
@@ -71,6 +73,7 @@ class Site:
     """One attention over a cache. Sizes are None where the model leaves them open; `covered` are node indices.
 
     capacity: tokens that the original's cache inputs must have room for before anything is in them; 0 = they grow.
+    kind: of the slot that takes the caches' place; the inputs of a `cross` one stay, to fill it.
     """
 
     layer: int
@@ -97,11 +100,28 @@ class Site:
     nan_to_zero: bool = False
     prologue: tuple[NewNode | NewConstant, ...] = ()
     capacity: int = 0
+    kind: str = SELF
+
+    @property
+    def removed_inputs(self) -> tuple[str, ...]:
+        """The cache inputs that a rewritten model no longer has."""
+        return () if self.kind == CROSS else self.cache_inputs
 
     def to_dict(self) -> dict[str, Any]:
         """The facts that `inspect --json` prints."""
         facts = asdict(self)
-        keep = ("layer", "family", "node", "q_heads", "kv_heads", "k_head_size", "v_head_size", "scale", "window")
+        keep = (
+            "layer",
+            "kind",
+            "family",
+            "node",
+            "q_heads",
+            "kv_heads",
+            "k_head_size",
+            "v_head_size",
+            "scale",
+            "window",
+        )
         return {name: facts[name] for name in keep} | {
             "softcap": self.softcap,
             "causal": self.is_causal,

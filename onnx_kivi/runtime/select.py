@@ -21,7 +21,7 @@ log = logging.getLogger("onnx_kivi")
 def get_backend(name: str = "auto") -> Backend:
     """The backend of that name. `auto` is what ONNX_KIVI_BACKEND says, else native, else NumPy with a logged warning.
 
-    Raises ConfigError for an unknown name or ISA level, BackendUnavailableError for one that is not built on this machine.
+    Raises ConfigError for an unknown name or ISA level, BackendUnavailableError for one that is not built here.
     """
     source = "backend"
     if name == "auto":

@@ -125,11 +125,13 @@ def test_arrays_of_no_tokens_stand_for_what_is_stored(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     given = encoder(proto, rng)
     new = new_tokens(proto, rng, 0, 3, ENCODER_TOKENS)
+    none = {name: array[:, :, :0] for name, array in given.items()}
     with pytest.raises(ValueError, match=KEY):
         session.run(["crossed"], new)
+    with pytest.raises(Exception, match="expected an encoder's keys and values in the first run, got none"):
+        session.run(["crossed"], new | none)
     (first,) = session.run(["crossed"], new | given)
     start_over = {"past_length": np.zeros(1, np.int64)}
-    none = {name: array[:, :, :0] for name, array in given.items()}
     (second,) = session.run(["crossed"], new | none | start_over)
     assert 0 < difference(first, second) < 0.02
     (third,) = session.run(["crossed"], new | given | start_over)

@@ -129,6 +129,10 @@ Dims Cache::check_call(const Step& step, const SdpaAttributes& attributes, const
         throw_cache_error(where + ": expected " + text(step.past_length) +
                           " tokens, as the step, got an empty slot; use a new cache");
     }
+    const bool gives_none = call.key.shape.size() == 4 && call.key.shape[2] == 0;
+    if (attributes.row.is_cross() && slot == nullptr && gives_none) {
+        throw_cache_error(where + ": expected an encoder's keys and values in the first run, got none; feed them once");
+    }
     Dims dims;
     dims[P] = 0;
     if (slot != nullptr) {

@@ -177,6 +177,8 @@ def _attend(
     held = row_length(rows[0], attributes.block_tokens) if rows else 0
     if attributes.kind == "self" and not rows and position:
         raise CacheError(f"{where}: expected {position} tokens, as the step, got an empty slot; use a new cache")
+    if attributes.kind == "cross" and not slot.rows and key.ndim == 4 and not new_tokens:
+        raise CacheError(f"{where}: expected an encoder's keys and values in the first run, got none; feed them once")
     dims = {"P": held}
     if rows:
         heads, _, k_head_size = rows[0].residual_key.shape

@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .errors import UnsupportedModelError
+from .facts import CacheFacts
 from .runtime.cache import Cache
 from .spec import HANDLE_INPUT, PAST_LENGTH_INPUT
 
@@ -39,27 +40,17 @@ class Decoder:
     """A batch of sequences being decoded by one model.
 
     session: an onnxruntime session of an original, or a Session of a rewritten model and the `cache` to use.
-    pairs: past input -> present output, where names don't tell. head_sizes: past input -> head size, for models that
-    leave it symbolic. capacities: past input -> tokens it must have room for from the start. Past inputs without an
-    output (an encoder's) are filled once with random numbers.
+    facts: of the original's caches, where names and shapes don't tell. Past inputs without an output (an encoder's) are
+    filled once with random numbers.
     """
 
-    def __init__(
-        self,
-        session: Any,
-        cache: Cache | None = None,
-        *,
-        pairs: Mapping[str, str] | None = None,
-        head_sizes: Mapping[str, int] | None = None,
-        capacities: Mapping[str, int] | None = None,
-    ) -> None:
+    def __init__(self, session: Any, cache: Cache | None = None, *, facts: CacheFacts | None = None) -> None:
         self._cache = cache
         self._run = session.run if cache is None else partial(session.run, cache=cache)
         self._inputs = session.get_inputs()
         self._outputs = [o.name for o in session.get_outputs()]
-        self._head_sizes = dict(head_sizes or {})
-        self._capacities = dict(capacities or {})
-        given = dict(pairs or {})
+        self._facts = facts or CacheFacts()
+        given = self._facts.outputs
         past = [i.name for i in self._inputs if i.name in given or i.name.startswith("past")]
         self._present = {
             name: given.get(name) or present_name(name, self._outputs) for name in past if name != PAST_LENGTH_INPUT
@@ -115,9 +106,9 @@ class Decoder:
                 if shape[axis] is None and (axis == 0 or name == token_batch or "batch" in str(name)):
                     shape[axis] = batch
             if shape[-1] is None:
-                shape[-1] = self._head_sizes.get(i.name)
+                shape[-1] = self._facts.head_sizes.get(i.name)
             grows = self._present[i.name] is not None and "encoder" not in i.name
-            tokens = self._capacities.get(i.name, length if grows else ENCODER_TOKENS)
+            tokens = self._facts.capacities.get(i.name, length if grows else ENCODER_TOKENS)
             filled = [tokens if d is None else d for d in shape]
             past[i.name] = (
                 np.random.default_rng(zlib.crc32(i.name.encode())).standard_normal(filled).astype(_element(i))

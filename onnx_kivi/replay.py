@@ -77,18 +77,7 @@ class Reference:
         self, path: str | os.PathLike[str], report: Report, prompts: list[int], steps: int, batch: int, seed: int
     ) -> None:
         self._path = path
-        self._pairs = {
-            name: output
-            for site in report.sites
-            for name, output in zip(site.cache_inputs, site.cache_outputs, strict=True)
-        }
-        self._head_sizes = {
-            name: size
-            for site in report.sites
-            for name, size in zip(site.cache_inputs, (site.k_head_size, site.v_head_size), strict=False)
-            if size
-        }
-        self._capacities = {name: site.capacity for site in report.sites if site.capacity for name in site.cache_inputs}
+        self._facts = report.cache_facts
         session = open_model(path, _silent_options())
         pads_right = any(site.family == "gqa" for site in report.sites)
         has_mask = any(i.name == "attention_mask" for i in session.get_inputs())
@@ -126,7 +115,7 @@ class Reference:
         scores = []
         for tokens, expected in self._runs:
             with session.new_cache() as cache:
-                decoder = Decoder(session, cache, pairs=self._pairs)
+                decoder = Decoder(session, cache, facts=self._facts)
                 scores.append(_compare(tokens, expected, tokens.replay(decoder), cache.sealed_tokens))
         weights = [s.tokens for s in scores]
         return Scores(
@@ -139,7 +128,7 @@ class Reference:
         )
 
     def _decoder(self, session: ort.InferenceSession) -> Decoder:
-        return Decoder(session, pairs=self._pairs, head_sizes=self._head_sizes, capacities=self._capacities)
+        return Decoder(session, facts=self._facts)
 
 
 def _silent_options() -> ort.SessionOptions:

@@ -80,6 +80,11 @@ ONE_KV_HEAD = {
 SINKS = """sinks = Reshape(f(0.5,-0.5,1,2), i(1,2,2,1,1)) ss = Shape(m1) lead = Slice(ss, i(0), i(-1))
     to = Concat<axis=0>(lead, i(1)) column = Expand(sinks, to) masked = Concat<axis=-1>(m1, column)"""
 
+SEEN5 = """qs = Shape(query) sn = Gather(qs, i(2)) s = Squeeze(sn) ps = Shape(past_0_key) pn = Gather(ps, i(2))
+    p = Squeeze(pn) t = Add(p, s) zero = Squeeze(i(0)) one = Squeeze(i(1)) at = Range(p, t, one)
+    keys = Range(zero, t, one) rows = Unsqueeze(at, i(1)) seen = LessOrEqual(keys, rows)
+    seen5 = Unsqueeze(seen, i(0,1,2))"""
+
 SPELLINGS: dict[str, dict[str, Any]] = {
     "5 axes": GROUPED,
     "5 axes, a term for each head": GROUPED
@@ -92,6 +97,12 @@ SPELLINGS: dict[str, dict[str, Any]] = {
     | {"mask": "m5 = Unsqueeze(mask, i(1)) b = Reshape(f(0.5,2), i(2,1,1,1)) m6 = Add(scaled, b) masked = Add(m6, m5)"},
     "5 axes, a term for each head of a group": GROUPED
     | {"mask": "m5 = Unsqueeze(mask, i(1)) b = Reshape(f(0.5,2), i(2,1,1)) m6 = Add(scaled, b) masked = Add(m6, m5)"},
+    "5 axes, a term for each head joined with one for all": GROUPED
+    | {
+        "inputs": {"mask": None},
+        "mask": f"""{SEEN5} b = Reshape(f(0.5,2,1,0), i(2,2,1,1)) hidden = Where(seen5, f(0), f(-3.0e38))
+            both = Add(hidden, b) masked = Add(scaled, both)""",
+    },
     "5 axes, a term of two axes": GROUPED
     | {"inputs": {"mask": "float[S,T] mask"}, "mask": "masked = Add(scaled, mask)"},
     "5 axes, filled": GROUPED
@@ -222,10 +233,7 @@ def test_spellings_give_the_original_s_result(name: str, bits: int, tmp_path: Pa
 
 
 def test_a_grouped_causal_mask_becomes_a_fact() -> None:
-    causal = """qs = Shape(query) sn = Gather(qs, i(2)) s = Squeeze(sn) ps = Shape(past_0_key) pn = Gather(ps, i(2))
-        p = Squeeze(pn) t = Add(p, s) zero = Squeeze(i(0)) one = Squeeze(i(1)) at = Range(p, t, one)
-        keys = Range(zero, t, one) rows = Unsqueeze(at, i(1)) seen = LessOrEqual(keys, rows)
-        seen5 = Unsqueeze(seen, i(0,1,2)) masked = Where(seen5, scaled, f(-3.0e38))"""
+    causal = f"{SEEN5} masked = Where(seen5, scaled, f(-3.0e38))"
     (site,) = kivi.inspect(decoder(**GROUPED | {"inputs": {"mask": None}, "mask": causal})).sites
     assert site.is_causal
     assert not site.mask

@@ -21,6 +21,7 @@ from .scores import least_fill
 from .site import LARGEST_FLOAT32, SCORES, SIZE_1, Added, Filled, MaskTerm, Site, joined, letters
 
 ABSENT, QUERY, KEY = -1, 2, 3
+PLAIN = frozenset((*SCORES, SIZE_1))
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +73,7 @@ def _parts(decoder: Decoder, reader: FieldReader, term: MaskTerm) -> list[MaskTe
     axes, parts = letters(term.layout), list[MaskTerm]()
     for name in node.inputs:
         rank = decoder.shapes.rank(name)
-        if rank is None:
+        if rank is None or not {*axes} <= PLAIN:
             return [term]
         parts.append(replace(term, tensor=name, layout=joined(axes[len(axes) - rank :])))
     return parts if any(isinstance(part, Added) and _readable(reader, part) for part in parts) else [term]
@@ -110,7 +111,7 @@ def _new_tokens(decoder: Decoder, site: Site) -> tuple[str, int] | None:
 def _hidden(decoder: Decoder, reader: FieldReader, term: MaskTerm, least_fill: float) -> Hidden | None:
     sizes = decoder.shapes.shape(term.tensor if isinstance(term, Added) else term.condition)
     lies = letters(term.layout)
-    if sizes is None or not {*lies} <= {*SCORES, SIZE_1}:
+    if sizes is None or not {*lies} <= PLAIN:
         return None
     try:
         if isinstance(term, Filled):

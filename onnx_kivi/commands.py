@@ -18,11 +18,13 @@ from .bench import model as bench_model
 from .config import KiviConfig, parse_layer_bits
 from .errors import ConfigError
 from .evaluate import evaluate
+from .inspector import Report
 from .inspector import inspect as inspect_file
+from .paths import model_path
 from .progress import Progress
 from .rewriter import rewrite
 from .runtime.hosts import describe
-from .session import Session, model_path, open_decoder
+from .session import Session, open_decoder
 from .tokenizer import Tokenizer, chat
 from .verification import Verification, verify
 from .views import (
@@ -64,7 +66,7 @@ def rewrite_model(args: argparse.Namespace, progress: Progress) -> Outcome:
         raise ConfigError(f"-o: expected an existing folder, got {output.parent}; create it first")
     progress("rewriting", 0.0)
     model, report = rewrite(source, config, partial=args.partial)
-    checked = None if args.no_verify else _verify_staged(source, model, output, progress)
+    checked = None if args.no_verify else _verify_staged(source, report, model, output, progress)
     if checked is None or checked.ok:
         graph.save(model, output)
     removed_inputs = [name for site in report.sites for name in site.removed_inputs]
@@ -205,9 +207,9 @@ def _config(args: argparse.Namespace) -> KiviConfig:
     )
 
 
-def _verify_staged(source: Path, model: graph.Model, output: Path, progress: Progress) -> Verification:
+def _verify_staged(source: Path, report: Report, model: graph.Model, output: Path, progress: Progress) -> Verification:
     """Verify under a temporary name beside the output, so that the name itself is only ever given to a sound model."""
     with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}-") as folder:
         staged = Path(folder) / output.name
         graph.save(model, staged, temporary=True)
-        return verify(source, staged, progress=progress)
+        return verify(source, staged, report=report, progress=progress)

@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .errors import UnsupportedModelError
+from .facts import CacheFacts
 from .runtime.cache import Cache
 from .spec import HANDLE_INPUT, PAST_LENGTH_INPUT, STORED_TOKENS
 
@@ -40,11 +41,9 @@ class Decoder:
     """A batch of sequences being decoded by one model.
 
     session: an onnxruntime session of an original, or a Session of a rewritten model and the `cache` to use.
-    pairs: past input -> present output, where names don't tell. head_sizes: past input -> head size, for models that
-    leave it symbolic. capacities: past input -> tokens it must have room for from the start. given: what the model
-    takes beside tokens and its own cache, an encoder's keys, values and mask, by input name. Without it a random
-    encoder of `encoder_tokens` tokens, the first row's last ones padding, stands in. What a slot stores is fed in the
-    first step only.
+    facts: of the original's caches, where names and shapes don't tell. given: what the model takes beside tokens and
+    its own cache, an encoder's keys, values and mask, by input name. Without it a random encoder of `encoder_tokens`
+    tokens, the first row's last ones padding, stands in. What a slot stores is fed in the first step only.
     """
 
     def __init__(
@@ -52,9 +51,7 @@ class Decoder:
         session: Any,
         cache: Cache | None = None,
         *,
-        pairs: Mapping[str, str] | None = None,
-        head_sizes: Mapping[str, int] | None = None,
-        capacities: Mapping[str, int] | None = None,
+        facts: CacheFacts | None = None,
         given: Mapping[str, Array] | None = None,
         encoder_tokens: int = ENCODER_TOKENS,
     ) -> None:
@@ -62,11 +59,10 @@ class Decoder:
         self._run = session.run if cache is None else partial(session.run, cache=cache)
         self._inputs = session.get_inputs()
         self._outputs = [o.name for o in session.get_outputs()]
-        self._head_sizes = dict(head_sizes or {})
-        self._capacities = dict(capacities or {})
+        self._facts = facts or CacheFacts()
         self._given = given
         self._encoder_tokens = encoder_tokens
-        paired = dict(pairs or {})
+        paired = self._facts.outputs
         past = [i.name for i in self._inputs if i.name in paired or i.name.startswith("past")]
         self._present = {
             name: paired.get(name) or present_name(name, self._outputs) for name in past if name != PAST_LENGTH_INPUT
@@ -141,9 +137,9 @@ class Decoder:
                 if shape[axis] is None and (axis == 0 or name == token_batch or "batch" in str(name)):
                     shape[axis] = batch
             if shape[-1] is None:
-                shape[-1] = self._head_sizes.get(i.name)
-            grows = self._present[i.name] is not None and "encoder" not in i.name
-            tokens = self._capacities.get(i.name, length if grows else self._encoder_tokens)
+                shape[-1] = self._facts.head_sizes.get(i.name)
+            grows = self._present[i.name] is not None and "encoder" not in i.name and i.name not in self._facts.crossed
+            tokens = self._facts.capacities.get(i.name, length if grows else self._encoder_tokens)
             filled = [tokens if d is None else d for d in shape]
             past[i.name] = (
                 np.random.default_rng(zlib.crc32(i.name.encode())).standard_normal(filled).astype(_element(i))

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from .errors import UnsupportedModelError
+from .facts import CacheFacts
 from .graph import Graph, Model, Node, load
 from .graph.dims import TooComplexError
 from .patterns import FAMILIES, Cache, Decoder, Miss, MissError, NewNode, Port, Site, read_decoder
@@ -46,6 +47,18 @@ class Report:
     misses: tuple[Miss, ...]
     element: str
     int8_activations: bool = False
+
+    @property
+    def cache_facts(self) -> CacheFacts:
+        """What running the original takes beyond what its inputs and outputs say."""
+        outputs, head_sizes, capacities = dict[str, str](), dict[str, int](), dict[str, int]()
+        for site in self.sites:
+            outputs |= zip(site.cache_inputs, site.cache_outputs, strict=True)
+            sizes = zip(site.cache_inputs, (site.k_head_size, site.v_head_size), strict=False)
+            head_sizes |= {name: size for name, size in sizes if size}
+            capacities |= {name: site.capacity for name in site.cache_inputs if site.capacity}
+        crossed = {name for site in self._of(CROSS) for name in site.cache_inputs}
+        return CacheFacts(outputs, head_sizes, capacities, crossed)
 
     def to_dict(self) -> dict[str, Any]:
         """The report as JSON-able data."""

@@ -16,7 +16,6 @@ from .evaluate import log_softmax
 from .inspector import Report
 from .runtime.cache import Cache
 from .session import Session, open_model, quiet_options
-from .spec import CROSS
 
 FloatArray = npt.NDArray[np.float32]
 IntArray = npt.NDArray[np.int64]
@@ -86,19 +85,7 @@ class Reference:
         encoder_tokens: int = ENCODER_TOKENS,
     ) -> None:
         self._path = path
-        self._pairs = {
-            name: output
-            for site in report.sites
-            for name, output in zip(site.cache_inputs, site.cache_outputs, strict=True)
-        }
-        self._head_sizes = {
-            name: size
-            for site in report.sites
-            for name, size in zip(site.cache_inputs, (site.k_head_size, site.v_head_size), strict=False)
-            if size
-        }
-        capacities = ((site, encoder_tokens if site.kind == CROSS else site.capacity) for site in report.sites)
-        self._capacities = {name: tokens for site, tokens in capacities if tokens for name in site.cache_inputs}
+        self._facts = report.cache_facts
         self._encoder_tokens = encoder_tokens
         session = open_model(path, _silent_options())
         pads_right = any(site.family == "gqa" for site in report.sites)
@@ -150,14 +137,7 @@ class Reference:
         )
 
     def _decoder(self, session: ort.InferenceSession | Session, cache: Cache | None = None) -> Decoder:
-        return Decoder(
-            session,
-            cache,
-            pairs=self._pairs,
-            head_sizes=self._head_sizes,
-            capacities=self._capacities,
-            encoder_tokens=self._encoder_tokens,
-        )
+        return Decoder(session, cache, facts=self._facts, encoder_tokens=self._encoder_tokens)
 
 
 def _silent_options() -> ort.SessionOptions:

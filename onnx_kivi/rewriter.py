@@ -15,13 +15,15 @@ from .config import KiviConfig
 from .errors import UnsupportedModelError
 from .graph import Dim, Edit, Graph, Model, Source, apply, fingerprint, load, set_attribute
 from .inspector import Findings, Report, examine
-from .patterns import Added, MaskTerm, NewConstant, NewNode, Operand, Site
+from .laying import heads_first, laid_out
+from .patterns import Added, MaskTerm, NewConstant, NewNode, Site
 from .patterns.decoder import PAST_LENGTH, Decoder
 from .plan import Plan
 from .spec import (
     COMMITTED_LENGTH,
     CROSS,
     DEFAULT_HANDLE,
+    DENSE_BITS,
     DOMAIN,
     HANDLE_INPUT,
     KV_CACHE_STEP,
@@ -61,6 +63,16 @@ def rewrite(
         raise UnsupportedModelError(_refusal(report, partial))
     _emit(model, findings, config)
     return model, report
+
+
+def dense(rewritten: Model) -> Model:
+    """A copy of a rewritten model that keeps its caches in float32."""
+    model = Model()
+    model.CopyFrom(rewritten)
+    for name in ("k_bits", "v_bits"):
+        set_attribute(model, QUANTIZED_KV_SDPA.name, name, DENSE_BITS)
+    set_attribute(model, KV_CACHE_STEP.name, "model_id", fingerprint(model))
+    return model
 
 
 def _refusal(report: Report, partial: bool) -> str:
@@ -148,7 +160,7 @@ def _emit_site(edit: Edit, decoder: Decoder, site: Site, slot: int, step: str, m
         nan_to_zero=int(site.nan_to_zero),
     )
     inputs = [
-        _to_heads_first(edit, _to_float(edit, decoder, site, operand.tensor), operand.layout, heads)
+        heads_first(edit, _to_float(edit, decoder, site, operand.tensor), operand.layout, heads, site.kv_heads)
         for operand, heads in ((site.query, site.q_heads), (site.key, site.kv_heads), (site.value, site.kv_heads))
     ]
     nothing = edit.constant(np.zeros(0, np.float32))
@@ -162,43 +174,11 @@ def _emit_site(edit: Edit, decoder: Decoder, site: Site, slot: int, step: str, m
     element = decoder.element(site.output.tensor, site.element)
     if element != "float":
         result = edit.node("Cast", [result], {"to": ELEMENTS[element]})
-    _from_heads_first(edit, result, site.output)
+    laid_out(edit, result, site.output, site.q_heads, site.kv_heads)
 
 
 def _to_float(edit: Edit, decoder: Decoder, site: Site, tensor: str) -> str:
     return tensor if decoder.element(tensor, site.element) == "float" else edit.node("Cast", [tensor], {"to": FLOAT})
-
-
-def _to_heads_first(edit: Edit, tensor: str, layout: str, heads: int) -> str:
-    """The operand as (B, H, S, D)."""
-    match layout:
-        case "(BH)SD":
-            return edit.node("Reshape", [edit.unsqueeze(tensor, 1), edit.ints(-1, heads, 0, 0)])
-        case "BS(HD)":
-            return edit.node("Transpose", [edit.node("Reshape", [tensor, edit.ints(0, 0, heads, -1)])], _perm("BSHD"))
-        case "BHSD":
-            return tensor
-    return edit.node("Transpose", [tensor], _perm(layout))
-
-
-def _perm(layout: str) -> dict[str, list[int]]:
-    return {"perm": [layout.index(letter) for letter in "BHSD"]}
-
-
-def _from_heads_first(edit: Edit, tensor: str, output: Operand) -> None:
-    """Give `tensor`, (B, H, S, D), the layout and name of `output`."""
-    outputs = [output.tensor]
-    match output.layout:
-        case "BHSD":
-            edit.node("Identity", [tensor], outputs=outputs)
-        case "(BH)SD":
-            merged = edit.node("Reshape", [tensor, edit.ints(-1, 1, 0, 0)])
-            edit.squeeze(merged, 1, outputs=outputs)
-        case "BS(HD)":
-            swapped = edit.node("Transpose", [tensor], {"perm": [0, 2, 1, 3]})
-            edit.node("Reshape", [swapped, edit.ints(0, 0, -1)], outputs=outputs)
-        case layout:
-            edit.node("Transpose", [tensor], {"perm": ["BHSD".index(x) for x in layout]}, outputs=outputs)
 
 
 def _mask(edit: Edit, decoder: Decoder, site: Site) -> str:
@@ -219,9 +199,7 @@ def _term(edit: Edit, decoder: Decoder, site: Site, term: MaskTerm) -> str:
         with np.errstate(over="ignore"):  # a fill below float32's range is as good as -inf
             zero, fill = (edit.constant(np.array(x, np.float32)) for x in (0.0, term.factor * term.fill))
         tensor = edit.node("Where", [term.condition, zero, fill] if term.keep else [term.condition, fill, zero])
-    if term.flat:
-        return edit.node("Reshape", [edit.unsqueeze(tensor, 1), edit.ints(-1, site.q_heads, 0, 0)])
-    return edit.unsqueeze(tensor, *range(4 - term.rank)) if term.rank < 4 else tensor
+    return heads_first(edit, tensor, term.layout, site.q_heads, site.kv_heads)
 
 
 def _emit_shapes(edit: Edit, graph: Graph, plan: Plan, past_length: str) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,11 +13,11 @@ import onnxruntime as ort
 from .decoder import ELEMENTS, Decoder
 from .errors import CacheError, UnsupportedModelError
 from .generate import generate
+from .paths import model_path
 from .runtime.cache import Cache
 from .runtime.hosts import choose, register, take_error
 from .spec import HANDLE_INPUT, PAST_LENGTH_INPUT, STORED_TOKENS
 
-MODEL_FILE = "model.onnx"
 ERROR = 3
 
 
@@ -174,12 +173,6 @@ def taking_turns() -> ort.SessionOptions:
     options = quiet_options()
     options.add_session_config_entry("session.force_spinning_stop", "1")
     return options
-
-
-def model_path(model: str | os.PathLike[str]) -> Path:
-    """The .onnx file that `model` names: itself, or model.onnx inside it if it is a folder."""
-    path = Path(model)
-    return path / MODEL_FILE if path.is_dir() else path
 
 
 def open_model(

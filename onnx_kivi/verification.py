@@ -1,8 +1,8 @@
 """Is a rewritten model still the original? Runs both on the same tokens: prefill, a chunk, then single tokens.
 
 At 32 bits the logits must agree to float rounding, which tells graph errors from quantization error; so a quantized
-model is verified twice: its 32-bit sibling (rewritten from the original into a temporary file) to rounding, and the
-model itself by KL divergence and top-1 agreement, past the point where every slot holds sealed blocks.
+model is verified twice: its 32-bit sibling (the same graph, in a temporary file) to rounding, and the model itself by
+KL divergence and top-1 agreement, past the point where every slot holds sealed blocks.
 """
 
 from __future__ import annotations
@@ -15,16 +15,15 @@ from typing import Any
 
 import numpy as np
 
-from .config import KiviConfig
 from .decoder import ENCODER_TOKENS, Decoder
 from .errors import ConfigError
 from .graph import load, save
-from .inspector import inspect
+from .inspector import Report, inspect
 from .progress import Progress, silent
 from .replay import Reference, Scores
-from .rewriter import rewrite
+from .rewriter import dense
 from .session import Session
-from .spec import CROSS, DENSE_BITS, SELF, SdpaAttributes
+from .spec import CROSS, DENSE_BITS, SdpaAttributes
 
 DENSE_PROMPTS = (24, 8)
 # Rounding: ten times what onnxruntime's own optimizations change, within (floor, ceiling) of the logits' range.
@@ -72,19 +71,21 @@ def verify(
     batch: int = 2,
     seed: int = 0,
     tolerance: float | None = None,
+    report: Report | None = None,
     progress: Progress = silent,
 ) -> Verification:
     """Compare a rewritten model with its original on random tokens, padded (row 0, on the left) and unpadded.
 
     prompt: tokens of the prefill (default: enough to seal several blocks in every slot, as far as the original
     runs). steps: single tokens at the end. batch: rows. tolerance: of the 32-bit comparison (default: calibrated by
-    the original against itself unoptimized). Raises UnsupportedModelError if either can't be run, ConfigError.
+    the original against itself unoptimized). report: what `inspect` says of the original, if that is known already.
+    Raises UnsupportedModelError if either can't be run, ConfigError.
     """
     for name, value in (("prompt", prompt), ("steps", steps), ("batch", batch)):
         if value is not None and value < 1:
             raise ConfigError(f"{name}: expected an integer >= 1, got {value}")
     slots = _slots(rewritten)
-    report = inspect(original, cross=any(a.kind == CROSS for a in slots))
+    report = report or inspect(original, cross=any(a.kind == CROSS for a in slots))
     quantized = [a for a in slots if min(a.k_bits, a.v_bits) < DENSE_BITS]
     progress("verify: running the original", 0.0)
     reference = Reference(original, report, _prompts(slots, prompt), steps, batch, seed, _encoder_tokens(slots))
@@ -95,9 +96,9 @@ def verify(
         scores = reference.compare(rewritten)
         return _judge(scores, scores, limit, None)
     with tempfile.TemporaryDirectory(dir=Path(rewritten).parent, prefix=".kivi-verify-") as folder:
-        progress("verify: rewriting and running its 32-bit sibling", 0.4)
+        progress("verify: running its 32-bit sibling", 0.4)
         sibling = Path(folder) / "model.onnx"
-        save(rewrite(load(original), _dense(slots), partial=bool(report.misses))[0], sibling, temporary=True)
+        save(dense(load(rewritten)), sibling, temporary=True)
         exact = reference.compare(sibling)
     progress("verify: running the rewritten model", 0.7)
     return _judge(exact, reference.compare(rewritten), limit, min(min(a.k_bits, a.v_bits) for a in quantized))
@@ -151,15 +152,3 @@ def _encoder_tokens(slots: list[SdpaAttributes]) -> int:
     """Tokens of the encoder: enough to seal several blocks in the slots that store its keys and values."""
     cross = [a for a in slots if a.kind == CROSS]
     return max((a.sink_length + 2 * a.block_tokens + ENCODER_TOKENS for a in cross), default=ENCODER_TOKENS)
-
-
-def _dense(slots: list[SdpaAttributes]) -> KiviConfig:
-    attributes = next((a for a in slots if a.kind == SELF), slots[0])
-    return KiviConfig(
-        k_bits=DENSE_BITS,
-        v_bits=DENSE_BITS,
-        block_tokens=attributes.block_tokens,
-        residual_length=attributes.residual_length,
-        sink_length=attributes.sink_length,
-        cross=any(a.kind == CROSS for a in slots),
-    )

@@ -10,6 +10,7 @@ from typing import Any
 import onnx
 import pytest
 
+from onnx_kivi import inspector, rewriter
 from onnx_kivi.cli import main
 from onnx_kivi.runtime.hosts import describe
 from zoo import MODELS
@@ -71,6 +72,20 @@ def test_rewrite_verifies_and_writes(tiny: Path, tmp_path: Path, run: Run) -> No
     model = onnx.load(out)
     bits = {a.i for n in model.graph.node for a in n.attribute if a.name in ("k_bits", "v_bits")}
     assert bits == {8}
+
+
+def test_rewrite_examines_the_model_once(tiny: Path, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+
+    def counted(model: onnx.ModelProto, *, cross: bool = False) -> inspector.Findings:
+        seen.append(model)
+        return examine(model, cross=cross)
+
+    examine = inspector.examine
+    for module in (inspector, rewriter):
+        monkeypatch.setattr(module, "examine", counted)
+    assert json_of(run("rewrite", tiny, "-o", tmp_path / "small.onnx", *SMALL, "--json"))["verify"]["ok"]
+    assert len(seen) == 1
 
 
 def test_rewrite_options_reach_the_nodes(tiny: Path, tmp_path: Path, run: Run) -> None:

@@ -170,7 +170,7 @@ NEAR_MISSES: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "heads of another number": (
         {"inputs": {"encoder_key": "float[B,2,E,8] past_0_encoder_key"}, "mask": "c3 = Identity(c2)"},
-        "4 query heads meet 2 key heads",
+        "expected a query of 4 axes, as the keys have, got a number that its shapes do not tell",
     ),
     "softmax over queries": (
         {"values": "cw = Softmax<axis=2>(c3) crossed = MatMul(cw, past_0_encoder_value)"},

@@ -37,7 +37,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
             "values": "out = MatMul(swapped, v)",
             "outputs": {"out": "float[B,S,4,8] out"},
         },
-        "not proven to go between",
+        "not proven to merge or split whole axes",
     ),
     "heads that only the mask has": (
         ONE_KV_HEAD

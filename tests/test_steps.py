@@ -138,8 +138,8 @@ def test_a_cross_slot_is_filled_once_and_survives_rewinding(backend, rng):
         expected = oracle.attention(cross, 0, query[0], other_k[0], other_v[0], None, None)
         np.testing.assert_allclose(output[0], expected, rtol=0, atol=2e-6)
     backend.reset(handle)
-    query, output = decode(1, none, none)
-    assert not output.any()
+    with pytest.raises(CacheError, match="slot 1: expected an encoder's keys and values in the first run, got none"):
+        decode(1, none, none)
 
 
 def test_a_node_without_new_tokens_sees_what_an_earlier_node_gave_its_slot(backend, rng):

@@ -52,7 +52,9 @@ def test_wrong_scale_fails_at_32_bits(tiny: Path, rewritten: Callable[[int], Pat
 
 def test_wrong_scale_fails_at_8_bits(tiny: Path, rewritten: Callable[[int], Path], tmp_path: Path) -> None:
     path = changed(rewritten(8), tmp_path / "model.onnx", lambda m: set_attribute(m, "scale", "0.5"))
-    assert "mean KL" in kivi.verify(tiny, path).reason
+    reason = kivi.verify(tiny, path).reason
+    assert "mean KL" in reason
+    assert "at 32 bits logits differ" in reason
 
 
 def test_other_weights_fail(tiny: Path, rewritten: Callable[[int], Path], tmp_path: Path) -> None:

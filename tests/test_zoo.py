@@ -59,13 +59,7 @@ def rewritten(name: str, folder: Path, config: kivi.KiviConfig) -> Path:
 
 def original_decoder(path: Path) -> Decoder:
     """The original, its cache inputs paired with outputs and sized as `inspect` says."""
-    sites = kivi.inspect(path).sites
-    pairs = {
-        past: present for site in sites for past, present in zip(site.cache_inputs, site.cache_outputs, strict=True)
-    }
-    sizes = {past: site.v_head_size for site in sites for past in site.cache_inputs}
-    sizes |= {site.cache_inputs[0]: site.k_head_size for site in sites}
-    return Decoder(open_model(path), pairs=pairs, head_sizes=sizes)
+    return Decoder(open_model(path), facts=kivi.inspect(path).cache_facts)
 
 
 def difference(expected: Array, actual: Array) -> float:

@@ -2,6 +2,7 @@
 
 from .dims import Dim, substitute, symbol
 from .edit import Edit, apply, fingerprint, set_attribute
+from .equations import read_equation
 from .files import load, save
 from .schemas import register_schemas
 from .shapes import Shape, Shapes, Source, infer_shapes
@@ -27,6 +28,7 @@ __all__ = [
     "infer_shapes",
     "load",
     "parse_model",
+    "read_equation",
     "register_schemas",
     "save",
     "set_attribute",

@@ -77,17 +77,21 @@ class Edit:
         self.nodes.append(proto)
         return outputs[0]
 
+    def rename_last(self, output: str) -> None:
+        """Have the output of the last node under another name."""
+        self.nodes[-1].output[0] = output
+
     def unsqueeze(self, tensor: str, *axes: int) -> str:
         """Insert axes of size 1, in the spelling of the model's opset."""
         if self.graph.opset >= UNSQUEEZE_AXES_INPUT:
             return self.node("Unsqueeze", [tensor, self.ints(*axes)])
         return self.node("Unsqueeze", [tensor], {"axes": list(axes)})
 
-    def squeeze(self, tensor: str, *axes: int, outputs: Sequence[str] = ()) -> str:
+    def squeeze(self, tensor: str, *axes: int) -> str:
         """Remove axes of size 1, in the spelling of the model's opset."""
         if self.graph.opset >= UNSQUEEZE_AXES_INPUT:
-            return self.node("Squeeze", [tensor, self.ints(*axes)], outputs=outputs)
-        return self.node("Squeeze", [tensor], {"axes": list(axes)}, outputs=outputs)
+            return self.node("Squeeze", [tensor, self.ints(*axes)])
+        return self.node("Squeeze", [tensor], {"axes": list(axes)})
 
 
 def apply(
@@ -140,13 +144,13 @@ def apply(
     register_schemas()
 
 
-def set_attribute(model: Model, op: str, name: str, value: str) -> None:
-    """Set a string attribute of every node of an op of our own domain."""
+def set_attribute(model: Model, op: str, name: str, value: int | str) -> None:
+    """Set an attribute of every node of an op of our own domain."""
     for node in model.graph.node:
         if node.op_type == op:
             for attribute in node.attribute:
                 if attribute.name == name:
-                    attribute.s = value.encode()
+                    attribute.CopyFrom(helper.make_attribute(name, value))
 
 
 def _copy(proto: Any) -> Any:

@@ -19,6 +19,7 @@ import onnx
 from google.protobuf.message import DecodeError, EncodeError  # type: ignore[import-untyped]
 
 from ..errors import UnsupportedModelError
+from ..paths import model_path
 from .view import Model, subgraphs
 
 BASE = "basepath"
@@ -28,10 +29,8 @@ ALIGNMENT = 4096
 
 
 def load(path: str | os.PathLike[str]) -> Model:
-    """Read a model file, or `model.onnx` of a folder; external weights stay on disk. Raises UnsupportedModelError."""
-    file = Path(path)
-    if file.is_dir():
-        file = file / "model.onnx"
+    """Read the model that `model_path` finds; external weights stay on disk. Raises UnsupportedModelError."""
+    file = model_path(path)
     try:
         model = onnx.load_model(file, format="protobuf", load_external_data=False)
     except FileNotFoundError:

@@ -13,6 +13,7 @@ from typing import Any
 import onnx
 
 from .dims import Dim, divide
+from .equations import read_equation
 from .known import Known, Sizes, UnknownError, known_shape, slices
 from .view import Node
 
@@ -116,6 +117,19 @@ def _fused_matmul(node: Node, inputs: Sequence[Known | None], _: Equations) -> l
     return [(*batch, a[-1 if node.attr("transA", 0) else -2], b[-2 if node.attr("transB", 0) else -1])]
 
 
+def _einsum(node: Node, inputs: Sequence[Known | None], _: Equations) -> list[Sizes]:
+    shapes = [known_shape(operand) for operand in inputs]
+    equation = read_equation(node.attr("equation", ""), [len(shape) for shape in shapes])
+    if equation is None:
+        raise UnknownError
+    sizes: dict[str, set[Any]] = {}
+    for labels, shape in zip(equation[0], shapes, strict=True):
+        for label, size in zip(labels, shape, strict=True):
+            sizes.setdefault(label, set()).add(size)
+    wide = {label: found - {1} or {1} for label, found in sizes.items()}
+    return [tuple(next(iter(wide[label])) if len(wide[label]) == 1 else None for label in equation[1])]  # type: ignore[misc]
+
+
 def _fused_gemm(node: Node, inputs: Sequence[Known | None], _: Equations) -> list[Sizes]:
     a, b = known_shape(inputs[0]), known_shape(inputs[1])
     return [(a[1 if node.attr("transA", 0) else 0], b[0 if node.attr("transB", 0) else 1])]
@@ -172,6 +186,7 @@ SHAPE_RULES: Mapping[str, Callable[[Node, Sequence[Known | None], Equations], Se
     "Slice": _slice,
     "Range": _range,
     "ConstantOfShape": _constant_of_shape,
+    "Einsum": _einsum,
     "com.microsoft.FusedMatMul": _fused_matmul,
     "com.microsoft.FusedGemm": _fused_gemm,
     "com.microsoft.MatMulNBits": _matmul_nbits,

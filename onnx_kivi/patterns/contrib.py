@@ -55,7 +55,7 @@ def padding_mask(decoder: Decoder, prologue: Prologue, node: Node, mask: str, ba
     if sizes is not None and len(sizes) in (2, 3):
         seen = prologue.node("Greater", prologue.int64(mask), prologue.constant(0))
         seen_BxST = prologue.unsqueeze(seen, 1, 2) if len(sizes) == 2 else prologue.unsqueeze(seen, 1)
-        return Filled(seen_BxST, keep=True, fill=fill, rank=4)
+        return Filled(seen_BxST, keep=True, fill=fill)
     if sizes is None or len(sizes) != 1 or batch is None or sizes[0] not in (batch, batch * 2):
         raise MissError(
             f"{node.op}: mask {mask!r} of shape {sizes and [str(size) for size in sizes]}; expected (batch, total "
@@ -63,11 +63,11 @@ def padding_mask(decoder: Decoder, prologue: Prologue, node: Node, mask: str, ba
         )
     places = prologue.counted(prologue.total_tokens(batch_of))
     if sizes[0] == batch:
-        return Filled(_before(prologue, places, prologue.int64(mask)), keep=True, fill=fill, rank=4)
+        return Filled(_before(prologue, places, prologue.int64(mask)), keep=True, fill=fill)
     bounds = prologue.node("Reshape", prologue.int64(mask), prologue.constant(2, -1))
     ends, starts = prologue.split(bounds, 0, 1, 1)
     hidden = prologue.node("Not", _before(prologue, places, starts))
-    return Filled(prologue.node("And", _before(prologue, places, ends), hidden), keep=True, fill=fill, rank=4)
+    return Filled(prologue.node("And", _before(prologue, places, ends), hidden), keep=True, fill=fill)
 
 
 def _before(prologue: Prologue, places: str, bound: str) -> str:

@@ -1,22 +1,33 @@
-"""Attention written out as MatMul, scale, mask, Softmax, MatMul over a cache joined by Concat.
+"""Attention written out as product, scale, mask, Softmax, product over a cache joined by Concat.
 
 The spellings of torch's two exporters, optimum, and onnxruntime's optimizers: scale on scores, query or both sides;
-masks by Add or Where; NaN guards; keys transposed in any way; heads repeated by Expand or broadcast by the MatMul;
-4-D or ((batch heads), tokens, size) products; softcap; learned sink logits.
+masks by Add or Where; NaN guards; keys transposed in any way; heads repeated by Expand, broadcast by the product, or
+grouped on an axis of their own; MatMul or Einsum of 3, 4 or 5 axes; softcap; learned sink logits.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 from ..graph import Node, element_name
+from .axes import (
+    followed,
+    group_size,
+    key_letters,
+    query_and_scores,
+    result,
+    spelled,
+    spelled_term,
+    value_letters,
+)
 from .decoder import Decoder, Port, is_float_cast
-from .layout import CacheView, cache_view, data_input, factor
-from .operands import cache_operand, cache_sizes
+from .layout import cache_view, data_input, factor
+from .operands import cache_sizes, new_tokens
 from .scores import scores_before
 from .site import MissError, Operand, Site
 from .softmax import Softmax, check_axis, read_softmax
-from .weights import check_reshapes, product_after
+from .weights import weights_after
 
 FAMILY = "decomposed"
 ANCHORS = ("Softmax", "Div")
@@ -31,84 +42,61 @@ def match(decoder: Decoder, node: Node) -> Site | None:
 
 def _match(decoder: Decoder, softmax: Softmax) -> Site | None:
     scores = scores_before(decoder, softmax.input)
-    keys = None if scores is None else cache_view(decoder, scores.matmul.inputs[1])
+    keys = None if scores is None else cache_view(decoder, scores.product.right)
     if scores is None or keys is None:
         return None
     check_axis(decoder, softmax)
-    product = product_after(decoder, softmax.output, scores.sink)
-    if product is None:
+    weights = weights_after(decoder, softmax.output, scores.sink)
+    if weights is None:
         raise MissError("the attention weights do not lead to one MatMul with the values of a cache")
-    values = cache_view(decoder, product.matmul.inputs[1])
+    first, last = scores.product.node, weights.product.node
+    values = cache_view(decoder, weights.product.right)
     if values is None:
-        raise MissError(f"{product.matmul}: expected the values of a cache, got {product.matmul.inputs[1]!r}")
+        raise MissError(f"{last}: expected the values of a cache, got {weights.product.right!r}")
     if values.scale != 1.0:
-        raise MissError(f"{product.matmul}: values multiplied by {values.scale}; expected as they are in the cache")
-    rank = len(keys.axes)
-    if len(values.axes) != rank:
-        raise MissError(f"{product.matmul}: values of {len(values.axes)} axes where keys have {rank}")
-    key = cache_operand(keys, scores.matmul, tokens_last=not scores.matmul.attr("transB", 0))
-    value = cache_operand(values, product.matmul, tokens_last=bool(product.matmul.attr("transB", 0)))
-    query, query_scale = _query(decoder, scores.matmul.inputs[0], scores.matmul)
+        raise MissError(f"{last}: values multiplied by {values.scale}; expected as they are in the cache")
+    of_keys, of_values = key_letters(scores.product, keys), value_letters(weights.product, values)
+    query_axes, score_axes = query_and_scores(decoder, scores.product, keys, of_keys)
+    inner = (*scores.nodes, *softmax.nodes, *weights.nodes[:-1])
+    axes = followed(decoder, inner, first.outputs[0], score_axes)
+    out_axes = result(weights.product, values, of_values, axes[weights.product.left])
+    key, value = new_tokens(keys, of_keys), new_tokens(values, of_values)
+    query, query_scale = _query(decoder, scores.product.left)
     kv_heads, k_head_size = cache_sizes(decoder, keys, key)
     v_heads, v_head_size = cache_sizes(decoder, values, value)
-    q_heads = _query_heads(decoder, scores.matmul, keys)
-    check_reshapes(decoder, (*scores.nodes, *product.nodes), scores.matmul, q_heads)
     if kv_heads != v_heads:
         raise MissError(f"keys have {kv_heads} heads, values {v_heads}; expected the same")
-    for matmul in (scores.matmul, product.matmul):
-        if matmul.attr("transBatchA", 0) or matmul.attr("transBatchB", 0):
-            raise MissError(f"{matmul}: batch axes transposed on the fly; expected a Transpose of its own")
-    covered = {n.index for part in (scores, softmax, product) for n in part.nodes}
+    if scores.sink and spelled(first, axes[scores.sunk], "T") not in ("BHST", "BKGST"):
+        raise MissError(f"{first}: sink logits joined to merged axes; expected (batch, heads, tokens, tokens)")
+    mask = tuple(replace(met.term, layout=spelled_term(met.node, axes[met.scores], met.shape)) for met in scores.mask)
+    covered = {n.index for part in (scores, softmax, weights) for n in part.nodes}
     return Site(
         layer=-1,
         family=FAMILY,
         node=softmax.name,
-        query=query,
+        query=Operand(query, spelled(first, query_axes, "D")),
         key=key,
         value=value,
-        output=Operand(product.matmul.outputs[0], query.layout),
+        output=Operand(last.outputs[0], spelled(last, out_axes, "D")),
         cache_inputs=(keys.cache.input, values.cache.input),
         cache_outputs=(keys.cache.output, values.cache.output),
         covered=frozenset(covered | keys.covered | values.covered),
-        q_heads=q_heads,
+        q_heads=kv_heads * group_size(first, score_axes),
         kv_heads=kv_heads,
         k_head_size=k_head_size,
         v_head_size=v_head_size,
         element=element_name(decoder.graph.inputs[keys.cache.input]),
         scale=scores.scale * keys.scale * query_scale,
-        mask=scores.mask,
+        mask=mask,
         head_sink=scores.sink,
         softcap=scores.softcap,
-        nan_to_zero=product.nan_to_zero,
+        nan_to_zero=weights.nan_to_zero,
     )
 
 
-def _query_heads(decoder: Decoder, matmul: Node, keys: CacheView) -> int:
-    """Query heads, proven to be as many as the key heads after repetition (or broadcast from one head)."""
-    shape = decoder.shapes.shape(matmul.inputs[0])
-    repeated = [a.size for axis in keys.axes[:-2] for a in axis if a.axis != 0]
-    heads: object = 1
-    for size in repeated:
-        heads = size * heads  # type: ignore[operator]
-    if not isinstance(heads, int):
-        raise MissError(f"{matmul}: the number of key heads it reads is not known")
-    if shape is None or len(shape) != len(keys.axes):
-        raise MissError(f"{matmul}: expected a query of {len(keys.axes)} axes, as the keys have")
-    if len(keys.axes) == 3:
-        return heads
-    queries = shape[1]
-    if not isinstance(queries, int):
-        raise MissError(f"{matmul}: the number of query heads is not known")
-    if heads not in (queries, 1):
-        raise MissError(f"{matmul}: {queries} query heads meet {heads} key heads; expected as many")
-    return queries
-
-
-def _query(decoder: Decoder, tensor: str, matmul: Node) -> tuple[Operand, float]:
+def _query(decoder: Decoder, tensor: str) -> tuple[str, float]:
     """The query before constant factors, and their product."""
     scale = 1.0
-    if matmul.attr("transA", 0):
-        raise MissError(f"{matmul}: a transposed query; expected (batch, heads, tokens, size)")
     rank = decoder.shapes.rank(tensor)
     while True:
         node = decoder.graph.producer(tensor)
@@ -124,6 +112,4 @@ def _query(decoder: Decoder, tensor: str, matmul: Node) -> tuple[Operand, float]
             tensor = node.inputs[0]
         else:
             break
-    if rank not in (3, 4):
-        raise MissError(f"{matmul}: expected a query of 3 or 4 axes, got {rank}")
-    return Operand(tensor, "BHSD" if rank == 4 else "(BH)SD"), scale
+    return tensor, scale

@@ -57,7 +57,7 @@ def match(decoder: Decoder, node: Node) -> Site | None:
     if not sink and node.attr("smooth_softmax", -1) == 1:
         sink = prologue.constant(*[0.0] * q_heads)
     bias = node.input(BIAS)
-    mask: tuple[MaskTerm, ...] = (Added(_padding(decoder, prologue, node, window), 4),)
+    mask: tuple[MaskTerm, ...] = (Added(_padding(decoder, prologue, node, window)),)
     return Site(
         layer=-1,
         family=FAMILY,
@@ -75,7 +75,7 @@ def match(decoder: Decoder, node: Node) -> Site | None:
         v_head_size=head_size,
         element=element_name(decoder.graph.inputs[keys.input]),
         scale=attention_scale(node, head_size),
-        mask=(*mask, Added(bias, 4)) if bias else mask,
+        mask=(*mask, Added(bias)) if bias else mask,
         head_sink=sink,
         softcap=float(node.attr("softcap", 0.0)),
         is_causal=True,

@@ -21,9 +21,9 @@ REPEAT = -1
 
 @dataclass(frozen=True, slots=True)
 class Atom:
-    """A whole axis of the cache, or a repetition (axis == REPEAT)."""
+    """A whole axis of the cache, a repetition (axis == REPEAT), or in scores the axis of a layout letter."""
 
-    axis: int
+    axis: int | str
     size: int | Dim
 
 
@@ -44,7 +44,7 @@ class CacheView:
         """Indices of the nodes from the cache input, and to the cache output, up to this tensor."""
         return self.cache.nodes | {node.index for node in self.nodes}
 
-    def names(self) -> tuple[tuple[int, ...], ...]:
+    def names(self) -> tuple[tuple[int | str, ...], ...]:
         """Atoms of each axis by cache axis, sizes of 1 left out."""
         return tuple(tuple(a.axis for a in axis if a.size != 1) for axis in self.axes)
 
@@ -145,18 +145,37 @@ def _expand(node: Node, axes: Axes, shape: Shape) -> Axes:
 
 
 def regroup(node: Node, axes: Sequence[tuple[Atom, ...]], shape: Shape) -> Axes:
-    """The atoms of `axes`, in order, grouped into axes of the sizes in `shape`. Raises MissError if they don't fit."""
+    """The atoms of `axes`, in order, grouped into axes of the sizes in `shape`. Raises MissError if they don't fit.
+
+    One axis whose size can't be composed takes what those before and after it leave, as the count of elements says.
+    """
     atoms = [a for axis in axes for a in axis]
-    out: list[tuple[Atom, ...]] = []
+    before: list[tuple[Atom, ...]] = []
     for size in shape:
-        group: list[Atom] = []
-        while atoms and (math.prod(a.size for a in group) != size):
-            group.append(atoms.pop(0))
-        if math.prod(a.size for a in group) != size:
-            raise MissError(f"{node}: it is not proven to merge or split whole axes; size {size} can't be composed")
-        out.append(tuple(group))
-    if any(a.size != 1 for a in atoms):
-        raise MissError(f"{node}: it is not proven to merge or split whole axes")
-    if atoms:
-        out[-1] = (*out[-1], *atoms)
-    return tuple(out)
+        group = _take(atoms, size)
+        if group is None:
+            break
+        before.append(group)
+        atoms = atoms[len(group) :]
+    if len(before) == len(shape):
+        if any(a.size != 1 for a in atoms):
+            raise MissError(f"{node}: it is not proven to merge or split whole axes")
+        return (*before[:-1], (*before[-1], *atoms)) if before else ()
+    after: list[tuple[Atom, ...]] = []
+    for size in shape[: len(before) : -1]:
+        group = _take(atoms[::-1], size)
+        if group is None:
+            raise MissError(
+                f"{node}: it is not proven to merge or split whole axes; size {shape[len(before)]} can't be composed"
+            )
+        after.append(group[::-1])
+        atoms = atoms[: len(atoms) - len(group)]
+    return (*before, tuple(atoms), *after[::-1])
+
+
+def _take(atoms: Sequence[Atom], size: int | Dim) -> tuple[Atom, ...] | None:
+    """The fewest first atoms that make up this size; None if none do."""
+    for count in range(len(atoms) + 1):
+        if math.prod(a.size for a in atoms[:count]) == size:
+            return tuple(atoms[:count])
+    return None

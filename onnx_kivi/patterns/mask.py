@@ -18,10 +18,10 @@ from .field_reader import FieldReader
 from .fields import NEVER, AtMostZero, Element, Literal, Truth, UnreadableError, affine, composed, equivalent
 from .prologue import Prologue
 from .scores import least_fill
-from .site import Added, Filled, MaskTerm, Site
+from .site import LARGEST_FLOAT32, SCORES, SIZE_1, Added, Filled, MaskTerm, Site, joined, letters
 
-QUERY, KEY = 2, 3
-FLOAT_MAX = 3.4028235e38
+ABSENT, QUERY, KEY = -1, 2, 3
+PLAIN = frozenset((*SCORES, SIZE_1))
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,10 +47,10 @@ def with_mask_facts(decoder: Decoder, reader: FieldReader, site: Site) -> Site:
             terms.append(term)
             continue
         causal = causal or hidden.causal
-        hard = hard and not (abs(hidden.fill) <= FLOAT_MAX and (hidden.causal or hidden.window))
+        hard = hard and not (abs(hidden.fill) <= LARGEST_FLOAT32 and (hidden.causal or hidden.window))
         window = min((w for w in (window, hidden.window) if w), default=0)
         if hidden.padding and new_tokens is not None:
-            terms.append(Filled(_unpadded(prologue, hidden.padding, new_tokens), keep=True, fill=hidden.fill, rank=4))
+            terms.append(Filled(_unpadded(prologue, hidden.padding, new_tokens), keep=True, fill=hidden.fill))
     return replace(
         site,
         mask=tuple(terms),
@@ -62,17 +62,21 @@ def with_mask_facts(decoder: Decoder, reader: FieldReader, site: Site) -> Site:
 
 
 def _is_finite(term: MaskTerm) -> bool:
-    return isinstance(term, Filled) and abs(term.factor * term.fill) <= FLOAT_MAX
+    return isinstance(term, Filled) and abs(term.factor * term.fill) <= LARGEST_FLOAT32
 
 
 def _parts(decoder: Decoder, reader: FieldReader, term: MaskTerm) -> list[MaskTerm]:
     """The terms that an Add joined, if one of them can be read where the sum can't."""
-    node = decoder.graph.producer(term.tensor) if isinstance(term, Added) and not term.flat else None
+    node = decoder.graph.producer(term.tensor) if isinstance(term, Added) else None
     if not isinstance(term, Added) or node is None or node.op != "Add" or _readable(reader, term):
         return [term]
-    ranks = [decoder.shapes.rank(name) for name in node.inputs]
-    parts = [replace(term, tensor=name, rank=rank or 0) for name, rank in zip(node.inputs, ranks, strict=True)]
-    return [*parts] if None not in ranks and any(_readable(reader, part) for part in parts) else [term]
+    axes, parts = letters(term.layout), list[MaskTerm]()
+    for name in node.inputs:
+        rank = decoder.shapes.rank(name)
+        if rank is None or not {*axes} <= PLAIN:
+            return [term]
+        parts.append(replace(term, tensor=name, layout=joined(axes[len(axes) - rank :])))
+    return parts if any(isinstance(part, Added) and _readable(reader, part) for part in parts) else [term]
 
 
 def _readable(reader: FieldReader, term: Added) -> bool:
@@ -92,12 +96,11 @@ def _unpadded(prologue: Prologue, tensor: str, new_tokens: tuple[str, int]) -> s
 
 def _new_tokens(decoder: Decoder, site: Site) -> tuple[str, int] | None:
     """An axis of a graph input, not a cache, that is as long as the new tokens."""
-    queries = (site.query.tensor, 1 if site.query.layout in ("(BH)SD", "BS(HD)", "BSHD") else 2)
-    terms = [(term.tensor if isinstance(term, Added) else term.condition, -2) for term in site.mask if term.rank > 1]
+    terms = [(term.tensor if isinstance(term, Added) else term.condition, term.layout) for term in site.mask]
     caches = {cache.input for cache in decoder.caches.values()}
-    for tensor, axis in (queries, *terms):
-        shape = decoder.shapes.shape(tensor)
-        size = None if shape is None else shape[axis]
+    for tensor, layout in ((site.query.tensor, site.query.layout), *terms):
+        shape, axes = decoder.shapes.shape(tensor), letters(layout)
+        size = None if shape is None or "S" not in axes else shape[axes.index("S")]
         places = decoder.shapes.sources.get(size.name or "", ()) if isinstance(size, Dim) else ()
         for place in places:
             if place.is_size and place.tensor in decoder.graph.inputs and place.tensor not in caches:
@@ -107,7 +110,8 @@ def _new_tokens(decoder: Decoder, site: Site) -> tuple[str, int] | None:
 
 def _hidden(decoder: Decoder, reader: FieldReader, term: MaskTerm, least_fill: float) -> Hidden | None:
     sizes = decoder.shapes.shape(term.tensor if isinstance(term, Added) else term.condition)
-    if term.flat or sizes is None:
+    lies = letters(term.layout)
+    if sizes is None or not {*lies} <= PLAIN:
         return None
     try:
         if isinstance(term, Filled):
@@ -115,8 +119,8 @@ def _hidden(decoder: Decoder, reader: FieldReader, term: MaskTerm, least_fill: f
             hides, fill = (seen.negated() if term.keep else seen), term.fill * term.factor
         else:
             hides, fill = _filled(reader, term)
-        axes = {axis: axis + 4 - term.rank for axis in range(term.rank)}
-        alike = {old for old, new in axes.items() if new in (QUERY, KEY) and sizes[old] == 1}
+        axes = {axis: SCORES.find(letter) for axis, letter in enumerate(lies)}
+        alike = {old for old, new in axes.items() if new in (ABSENT, QUERY, KEY) and sizes[old] == 1}
         where = composed(hides, {old: affine(0, {} if old in alike else {new: 1}) for old, new in axes.items()})
     except (UnreadableError, TooComplexError):
         return None

@@ -45,7 +45,7 @@ def match(decoder: Decoder, node: Node) -> Site | None:
         lies = Operand("", "BHSD"), Operand("", "BHSD")
     else:
         query = Operand(_biased_query(decoder, prologue, node), LAYOUT)
-        key, value = lies = cache_operand(keys, node, tokens_last=False), cache_operand(values, node, tokens_last=False)
+        key, value = lies = cache_operand(keys, node), cache_operand(values, node)
     (kv_heads, k_head_size), (v_heads, v_head_size) = (
         cache_sizes(decoder, view, operand) for view, operand in zip((keys, values), lies, strict=True)
     )
@@ -56,7 +56,7 @@ def match(decoder: Decoder, node: Node) -> Site | None:
     if node.input(PADDING):
         mask += (padding_mask(decoder, prologue, node, node.inputs[PADDING], batch_of=node.inputs[QUERY]),)
     if node.input(BIAS):
-        mask += (Added(node.inputs[BIAS], 4),)
+        mask += (Added(node.inputs[BIAS]),)
     return Site(
         layer=-1,
         family=FAMILY,

@@ -13,7 +13,7 @@ from ..graph import BOOL, Node, element_name
 from .decoder import Decoder, Port
 from .layout import CacheView, cache_view
 from .operands import cache_operand, cache_sizes
-from .site import Added, Filled, MaskTerm, MissError, Operand, Site
+from .site import SCORES, Added, Filled, MaskTerm, MissError, Operand, Site
 
 FAMILY = "onnx_attention"
 ANCHORS = ("Attention",)
@@ -42,7 +42,7 @@ def match(decoder: Decoder, node: Node) -> Site | None:
     if inside:
         key, value = (Operand(name, layout) for name in node.inputs[1:3])
     else:
-        key, value = (cache_operand(view, node, tokens_last=False) for view in (keys, values))
+        key, value = (cache_operand(view, node) for view in (keys, values))
     kv_heads, k_head_size = cache_sizes(decoder, keys, key if not inside else Operand("", "BHSD"))
     v_heads, v_head_size = cache_sizes(decoder, values, value if not inside else Operand("", "BHSD"))
     if kv_heads != v_heads or q_heads % kv_heads:
@@ -121,5 +121,5 @@ def attention_mask(decoder: Decoder, node: Node) -> tuple[MaskTerm, ...]:
     if rank is None or rank > 4:
         raise MissError(f"mask {mask!r}: its number of axes is not known to be at most 4")
     if decoder.shapes.element(mask) == BOOL:
-        return (Filled(mask, keep=True, fill=-math.inf, rank=rank),)
-    return (Added(mask, rank),)
+        return (Filled(mask, keep=True, fill=-math.inf, layout=SCORES[4 - rank :]),)
+    return (Added(mask, SCORES[4 - rank :]),)

@@ -2,32 +2,57 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from ..graph import Node
 from .decoder import Decoder
-from .layout import REPEAT, CacheView
+from .layout import REPEAT, Axes, CacheView
 from .site import MissError, Operand
 
+NEW_TOKENS = {"B": "B", "K": "H", "T": "S", "D": "D"}
 
-def cache_operand(view: CacheView, reader: Node, tokens_last: bool) -> Operand:
-    """Where the new tokens come from, after proving that its reader takes (B, H, tokens, D) or its transpose."""
-    tokens = view.cache.axis
-    names = view.names()
-    heads_axes, (head_size, token) = names[:-2], (names[-2:] if tokens_last else names[-2:][::-1])
-    if token != (tokens,) or len(head_size) != 1 or head_size[0] in (REPEAT, 0):
+
+def cache_letters(view: CacheView, reader: Node, token_axis: int, size_axis: int) -> Mapping[int | str, str]:
+    """Layout letter of each axis of the cache, after proving that these axes of the view are its tokens and size."""
+    tokens, names = view.cache.axis, view.names()
+    size = names[size_axis]
+    if tokens == 0 or names[token_axis] != (tokens,) or len(size) != 1 or size[0] in (REPEAT, 0, tokens):
         raise MissError(
-            f"{reader}: expected the cache {view.cache.input!r} with its tokens on axis {-1 if tokens_last else -2} "
+            f"{reader}: expected the cache {view.cache.input!r} with its tokens on axis {token_axis - len(names)} "
             "and whole heads beside it, got another order of axes"
         )
-    heads = ({1, 2, 3} - {tokens, head_size[0]}).pop()
-    sizes = {atom.axis: atom.size for axis in view.axes for atom in axis}
-    expected = [a for a in (0, heads, REPEAT) if sizes.get(a, 1) != 1]
-    if [a for axis in heads_axes for a in axis] != expected or (len(heads_axes) == 2 and set(heads_axes[0]) - {0}):
-        raise MissError(
-            f"{reader}: expected batch and heads of {view.cache.input!r} in this order, each head repeated for "
-            "consecutive query heads, got another order"
-        )
-    letters = {0: "B", heads: "H", tokens: "S", head_size[0]: "D"}
-    return Operand(view.cache.new, "".join(letters[i] for i in range(4)))
+    (heads,) = {1, 2, 3} - {tokens, *size}
+    return {0: "B", heads: "K", REPEAT: "G", tokens: "T", size[0]: "D"}
+
+
+def order_error(view: CacheView, reader: Node) -> MissError:
+    """That the axes beside tokens and size don't lie as the op has them."""
+    return MissError(
+        f"{reader}: expected batch and heads of {view.cache.input!r} in this order, each head repeated for "
+        "consecutive query heads, got another order"
+    )
+
+
+def new_tokens(view: CacheView, letters: Mapping[int | str, str]) -> Operand:
+    """The new tokens of a cache, as they lie when they are joined."""
+    return Operand(view.cache.new, "".join(NEW_TOKENS[letters[axis]] for axis in range(4)))
+
+
+def lettered(view: CacheView, letters: Mapping[int | str, str]) -> Axes:
+    """The view's axes in layout letters, sizes of 1 left out."""
+    return tuple(
+        tuple(type(atom)(letters[atom.axis], atom.size) for atom in axis if atom.size != 1) for axis in view.axes
+    )
+
+
+def cache_operand(view: CacheView, reader: Node) -> Operand:
+    """Where the new tokens come from, after proving that its reader takes (B, H, tokens, D)."""
+    letters = cache_letters(view, reader, len(view.axes) - 2, len(view.axes) - 1)
+    lies = [[atom.axis for atom in axis] for axis in lettered(view, letters)[:-2]]
+    flat = [letter for axis in lies for letter in axis]
+    if flat != [letter for letter in "BKG" if letter in flat] or (len(lies) == 2 and {*lies[0]} - {"B"}):
+        raise order_error(view, reader)
+    return new_tokens(view, letters)
 
 
 def cache_sizes(decoder: Decoder, view: CacheView, operand: Operand) -> tuple[int, int | None]:

@@ -1,4 +1,4 @@
-"""From a Softmax back to the score MatMul: scale, softcap, mask terms, sinks.
+"""From a Softmax back to the product of queries and keys: scale, softcap, mask terms, sinks.
 
 Walking back, `factor` is what the scores are multiplied by between the current tensor and the softmax, so a term that
 is added there counts `factor` times whatever order the exporter chose. Each helper raises MissError with its reason.
@@ -8,32 +8,46 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..graph import Node
+from ..graph import Node, Shape
+from .contraction import Contraction, is_cache_product, read_contraction
 from .decoder import Decoder, is_float_cast
-from .layout import data_input, scaled_input
 from .layout import factor as constant_factor
+from .layout import scaled_input
 from .site import Added, Filled, MaskTerm, MissError
 from .softmax import is_over_last_axis
 
-MATMULS = ("MatMul", "com.microsoft.FusedMatMul")
 LEAST_FILL = -1e30
 LEAST_HALF_FILL = -6e4
 
 
 @dataclass(frozen=True, slots=True)
-class Scores:
-    """The score MatMul and what happens between it and the softmax, in the op's own order."""
+class MaskOfScores:
+    """A mask term, whose layout is yet to be told from the axes of the `scores` that it meets, and its shape."""
 
-    matmul: Node
+    term: MaskTerm
+    scores: str
+    shape: Shape
+    node: Node
+
+
+@dataclass(frozen=True, slots=True)
+class Scores:
+    """The product of queries and keys, and what happens between it and the softmax, in the op's own order.
+
+    sink: logits that are joined to the tensor `sunk`; both "" if none are. nodes: from the product on.
+    """
+
+    product: Contraction
     scale: float
     softcap: float
-    mask: tuple[MaskTerm, ...]
+    mask: tuple[MaskOfScores, ...]
     sink: str
+    sunk: str
     nodes: tuple[Node, ...]
 
 
 def scores_before(decoder: Decoder, logits: str) -> Scores | None:
-    """Walk back from a softmax's logits; None if no MatMul lies behind it, MissError if a step is not known."""
+    """Walk back from a softmax's logits; None if no such product lies behind it, MissError if a step is not known."""
     return _Walk(decoder).back(logits)
 
 
@@ -49,8 +63,9 @@ class _Walk:
         self.decoder = decoder
         self.factor = 1.0
         self.softcap = 0.0
-        self.mask: list[MaskTerm] = []
+        self.mask: list[MaskOfScores] = []
         self.sink = ""
+        self.sunk = ""
         self.nodes: list[Node] = []
 
     def back(self, tensor: str) -> Scores | None:
@@ -60,9 +75,10 @@ class _Walk:
             if node is None:
                 return None
             self.nodes.append(node)
-            if node.op in MATMULS:
-                scale = self.factor * node.attr("alpha", 1.0)
-                return Scores(node, scale, self.softcap, tuple(self.mask), self.sink, tuple(self.nodes))
+            product = read_contraction(self.decoder, node)
+            if product is not None:
+                scale, nodes = self.factor * product.factor, tuple(self.nodes[::-1])
+                return Scores(product, scale, self.softcap, tuple(self.mask), self.sink, self.sunk, nodes)
             source = self._step(node)
             if source is None:
                 return None
@@ -71,7 +87,7 @@ class _Walk:
     def _step(self, node: Node) -> str | None:
         """Take one node into account and return the input that carries the scores; None if it is no scores chain."""
         match node.op:
-            case "Identity":
+            case "Identity" | "Reshape":
                 return node.inputs[0]
             case "Cast":
                 return node.inputs[0] if is_float_cast(self.decoder.shapes, node) else None
@@ -81,8 +97,6 @@ class _Walk:
                 return self._added(node)
             case "Where":
                 return self._filled(node)
-            case "Reshape":
-                return self._reshaped(node)
             case "Concat":
                 return self._sunk(node)
             case "Sub":
@@ -111,7 +125,7 @@ class _Walk:
             return None
         source, term = node.inputs if behind[0] else node.inputs[::-1]
         self._no_mask_before_cap(node)
-        self.mask.append(Added(term, *self._lie(node, source, term)))
+        self._masked(node, source, term, Added(term, factor=self.factor))
         return source
 
     def _filled(self, node: Node) -> str | None:
@@ -125,45 +139,39 @@ class _Walk:
         if fill > least:
             raise MissError(f"{node}: expected a fill of at most {least:g} (or -inf), got {fill}")
         self._no_mask_before_cap(node)
-        self.mask.append(Filled(condition, keep, fill, *self._lie(node, source, condition)))
+        self._masked(node, source, condition, Filled(condition, keep, fill, factor=self.factor))
         return source
 
     def _no_mask_before_cap(self, node: Node) -> None:
         if self.softcap:
             raise MissError(f"{node}: a mask inside the softcap; expected it after the tanh")
 
-    def _lie(self, node: Node, source: str, term: str) -> tuple[int, float, bool]:
-        """Axes of a term, its factor, and whether it lies as ((B H), S, T), like scores computed by a 3-D MatMul."""
-        shape, scores = (self.decoder.shapes.shape(name) for name in (term, source))
-        if shape is None or scores is None or len(shape) > 4:
-            raise MissError(f"{node}: the number of axes of {term!r} is not known to be at most 4")
+    def _masked(self, node: Node, source: str, tensor: str, term: MaskTerm) -> None:
+        """Note a term that must leave the shape of the scores, its `source`, as it is."""
+        shape, scores = (self.decoder.shapes.shape(name) for name in (tensor, source))
+        if shape is None or scores is None:
+            raise MissError(f"{node}: the number of axes of {tensor!r} is not known; export with shapes")
         pairs = zip(shape[::-1], scores[::-1], strict=False)
         if len(shape) > len(scores) or any(size == 1 != wider for wider, size in pairs):
-            raise MissError(f"{node}: {term!r} is not proven to leave the scores' shape as it is")
-        return len(shape), self.factor, len(scores) == 3 and len(shape) == 3 and shape[0] != 1
-
-    def _reshaped(self, node: Node) -> str:
-        before, after = (self.decoder.shapes.shape(name) for name in (node.inputs[0], node.outputs[0]))
-        if before is None or after is None or {len(before), len(after)} != {3, 4}:
-            raise MissError(f"{node}: expected a reshape between ((B H), S, T) and (B, H, S, T)")
-        return node.inputs[0]
+            raise MissError(f"{node}: {tensor!r} is not proven to leave the scores' shape as it is")
+        self.mask.append(MaskOfScores(term, source, shape, node))
 
     def _sunk(self, node: Node) -> str | None:
         rank = self.decoder.shapes.rank(node.outputs[0])
-        if rank != 4 or len(node.inputs) != 2 or node.attr("axis", 0) not in (-1, 3) or self.sink:
+        if rank is None or len(node.inputs) != 2 or node.attr("axis", 0) not in (-1, rank - 1) or self.sink:
             return None
-        scores, sink = node.inputs
-        if not carries_scores(self.decoder, scores):
+        self.sunk, sink = node.inputs
+        if not carries_scores(self.decoder, self.sunk):
             return None
         if self.factor != 1.0 or self.mask or self.softcap:
             raise MissError(f"{node}: sink logits joined before the scores are scaled or masked; expected after")
         origin = self.decoder.graph.producer(sink)
         self.sink = origin.inputs[0] if origin is not None and origin.op == "Expand" else sink
-        shape = self.decoder.shapes.shape(self.sink)
-        heads = (self.decoder.shapes.shape(scores) or (None, None))[1]
-        if shape is None or shape != (1, heads, 1, 1):
-            raise MissError(f"{node}: expected a sink logit for each head, shape (1, heads, 1, 1), got {_text(shape)}")
-        return scores
+        shape, scores = (self.decoder.shapes.shape(name) for name in (self.sink, self.sunk))
+        expected = None if scores is None else (1, *scores[1:-2], 1, 1)
+        if shape is None or shape != expected:
+            raise MissError(f"{node}: expected a sink logit for each head, shape {_text(expected)}, got {_text(shape)}")
+        return self.sunk
 
     def _shifted(self, node: Node) -> str | None:
         """x - max(x), which a softmax does not see."""
@@ -177,7 +185,7 @@ class _Walk:
 
 
 def carries_scores(decoder: Decoder, tensor: str) -> bool:
-    """Whether a tensor is a product of a query with a cache, possibly scaled or masked: a MatMul lies behind it."""
+    """Whether a product of a query with a cache, possibly scaled or masked, lies behind a tensor."""
     chain = ("Identity", "Cast", "Mul", "Div", "Add", "Where", "Reshape", "Tanh")
     pending, seen = [tensor], set()
     while pending:
@@ -186,22 +194,11 @@ def carries_scores(decoder: Decoder, tensor: str) -> bool:
         if node is None or name in seen:
             continue
         seen.add(name)
-        if node.op in MATMULS:
-            if _reads_cache(decoder, node.inputs[1]):
-                return True
-        elif node.op in chain:
+        if is_cache_product(decoder, node):
+            return True
+        if node.op in chain:
             pending += node.inputs[:1] if node.op == "Reshape" else node.inputs
     return False
-
-
-def _reads_cache(decoder: Decoder, tensor: str) -> bool:
-    while tensor not in decoder.caches:
-        node = decoder.graph.producer(tensor)
-        source = None if node is None else data_input(decoder, node)
-        if source is None:
-            return False
-        tensor = source
-    return True
 
 
 def _text(shape: object) -> str:

@@ -1,24 +1,39 @@
 """What every attention family returns: a `Site` of plain facts, or a `Miss` that says why not.
 
 A `Site` says which tensors the op consumes and in which layout they lie, which nodes vanish with it, and what the
-attributes are; the rewriter emits it without knowing the family. Layout letters: B batch, H heads, S tokens, D head
-size; axes in parentheses are merged into one, the first letter varying slowest.
+attributes are; the rewriter emits it without knowing the family. A layout has a letter per axis: B batch, H heads,
+S new tokens, D head size, T all tokens; K and G are kv heads and query heads per kv head, where H is split so; 1 is an
+axis of size 1, and so is what has no letter. Axes in parentheses are merged into one, the first letter varying slowest.
 """
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from ..spec import CROSS, SELF
 
 Number = int | float
-LAYOUTS = ("BHSD", "BSHD", "BHDS", "(BH)SD", "BS(HD)")
+SCORES = "BHST"
+SIZE_1 = "1"
+LARGEST_FLOAT32 = 3.4028235e38
+
+
+def letters(layout: str) -> tuple[str, ...]:
+    """The letters of each axis: "(BH)SD" gives BH, S, D."""
+    return tuple(merged or single for merged, single in re.findall(r"\((\w+)\)|(\w)", layout))
+
+
+def joined(axes: Iterable[str]) -> str:
+    """The layout that has these letters on its axes."""
+    return "".join(axis if len(axis) == 1 else f"({axis})" for axis in axes)
 
 
 @dataclass(frozen=True, slots=True)
 class Operand:
-    """A tensor and how it lies, one of LAYOUTS."""
+    """A tensor and how it lies, as "BHSD" or "(BH)SD"."""
 
     tensor: str
     layout: str = "BHSD"
@@ -26,12 +41,11 @@ class Operand:
 
 @dataclass(frozen=True, slots=True)
 class Added:
-    """Mask term `factor * tensor`, of `rank` axes, broadcast to the scores, (B, H, S, T) or if `flat` ((B H), S, T)."""
+    """Mask term `factor * tensor`, which lies as `layout`; each of its axes may have size 1, and is then broadcast."""
 
     tensor: str
-    rank: int
+    layout: str = SCORES
     factor: float = 1.0
-    flat: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,9 +55,8 @@ class Filled:
     condition: str
     keep: bool
     fill: float
-    rank: int
+    layout: str = SCORES
     factor: float = 1.0
-    flat: bool = False
 
 
 MaskTerm = Added | Filled
@@ -107,6 +120,15 @@ class Site:
         """The cache inputs that a rewritten model no longer has."""
         return () if self.kind == CROSS else self.cache_inputs
 
+    def __post_init__(self) -> None:
+        """Raise MissError for numbers that float32 can't hold."""
+        for name, number in (("scale", self.scale), ("softcap", self.softcap)):
+            if not abs(number) <= LARGEST_FLOAT32:
+                raise MissError(
+                    f"{name} of the scores is {number}, which float32 can't hold; look for a constant factor that is "
+                    "infinite, NaN or 0, and export again without it"
+                )
+
     def to_dict(self) -> dict[str, Any]:
         """The facts that `inspect --json` prints."""
         facts = asdict(self)
@@ -140,4 +162,4 @@ class Miss:
 
 
 class MissError(Exception):
-    """Raised inside a family when a guard fails; the family's `match` turns it into a Miss."""
+    """Raised inside a family when a guard fails; the inspector turns it into a Miss."""

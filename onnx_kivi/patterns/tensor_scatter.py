@@ -66,7 +66,7 @@ def match(decoder: Decoder, node: Node) -> Site | None:
         v_head_size=v_head_size,
         element=element_name(decoder.graph.inputs[keys.input]),
         scale=attention_scale(node, k_head_size),
-        mask=(*mask, Added(prologue.unsqueeze(guard, 1, 2, 3), 4)),
+        mask=(*mask, Added(prologue.unsqueeze(guard, 1, 2, 3))),
         softcap=float(node.attr("softcap", 0.0)),
         is_causal=bool(node.attr("is_causal", 0)),
         nan_to_zero=True,

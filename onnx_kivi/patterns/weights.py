@@ -1,27 +1,26 @@
-"""From a Softmax on to the value MatMul: NaN guards, the dropped column of the sinks; and reshapes on the whole way."""
+"""From a Softmax on to the product with the values: NaN guards, the dropped column of the sinks."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 
-from ..graph import Dim, Node
+from ..graph import Node
+from .contraction import PRODUCTS, Contraction, read_contraction
 from .decoder import Decoder, is_float_cast
-from .scores import MATMULS
 from .site import MissError
 
 
 @dataclass(frozen=True, slots=True)
-class Product:
-    """The value MatMul and what happens between the softmax and it."""
+class Weights:
+    """The product of weights and values, and what happens between the softmax and it."""
 
-    matmul: Node
+    product: Contraction
     nan_to_zero: bool
     nodes: tuple[Node, ...]
 
 
-def product_after(decoder: Decoder, weights: str, sink: str) -> Product | None:
-    """Walk on from the softmax to the MatMul with the values; None if it leads nowhere, MissError if it forks."""
+def weights_after(decoder: Decoder, weights: str, sink: str) -> Weights | None:
+    """Walk on from the softmax to the product with the values; None if it leads nowhere, MissError if it forks."""
     graph, tensor, nodes, nan_to_zero, dropped = decoder.graph, weights, [], False, not sink
     while True:
         readers = list(graph.consumers(tensor))
@@ -37,12 +36,16 @@ def product_after(decoder: Decoder, weights: str, sink: str) -> Product | None:
             raise MissError(f"attention weights {tensor!r} are read by {readers[0]} and by {readers[1]}")
         (node,) = readers
         nodes.append(node)
-        if node.op in MATMULS:
-            if node.inputs[0] != tensor or node.attr("transA", 0) or node.attr("alpha", 1.0) != 1.0:
+        if node.op in PRODUCTS:
+            product = read_contraction(decoder, node)
+            if product is None:
+                others = [name for name in node.inputs if name != tensor]
+                raise MissError(f"{node}: expected the values of a cache, got {', '.join(map(repr, others))}")
+            if product.left != tensor or product.factor != 1.0:
                 return None
             if not dropped:
                 raise MissError(f"{node}: the column of the sink logits is not dropped before the values")
-            return Product(node, nan_to_zero, tuple(nodes))
+            return Weights(product, nan_to_zero, tuple(nodes))
         if node.op in ("Identity", "Dropout", "Reshape") or is_float_cast(decoder.shapes, node):
             tensor = node.outputs[0]
         elif node.op == "Slice" and not dropped and _drops_last(decoder, node):
@@ -73,25 +76,6 @@ def _drops_last(decoder: Decoder, node: Node) -> bool:
         value = decoder.shapes.value(node.input(i)) if node.input(i) else None
         return None if value is None else list(value.flat)
 
-    return values(1) == [0] and values(2) == [-1] and values(3) in ([3], [-1]) and values(4) in (None, [1])
-
-
-def check_reshapes(decoder: Decoder, nodes: Iterable[Node], scores: Node, heads: int) -> None:
-    """Raise MissError unless every Reshape goes between (B, heads, S, T) and ((B heads), S, T), as `scores` has T."""
-    total = decoder.shapes.shape(scores.outputs[0])
-    for node in nodes:
-        if node.op == "Reshape" and not (total and _merges_heads(decoder, node, total[-1], heads)):
-            raise MissError(
-                f"{node}: it is not proven to go between (batch, {heads} heads, tokens, tokens) and the same with "
-                "batch and heads merged"
-            )
-
-
-def _merges_heads(decoder: Decoder, node: Node, total: int | Dim, heads: int) -> bool:
-    before, after = (decoder.shapes.shape(name) for name in (node.inputs[0], node.outputs[0]))
-    if before is None or after is None or {len(before), len(after)} != {3, 4}:
-        return False
-    four, three = (before, after) if len(before) == 4 else (after, before)
-    target = decoder.shapes.value(node.input(1))
-    keeps_last = target is not None and target.flat[-1] == total
-    return (four[1], four[2]) == (heads, three[1]) and (keeps_last or four[0] * heads == three[0])
+    rank = decoder.shapes.rank(node.inputs[0])
+    last = [[-1]] if rank is None else [[-1], [rank - 1]]
+    return values(1) == [0] and values(2) == [-1] and values(3) in last and values(4) in (None, [1])

@@ -14,7 +14,8 @@ from .errors import (
     UnsupportedModelError,
 )
 from .graph import load, save
-from .inspector import Report, inspect
+from .inspector import inspect
+from .report import Report
 from .rewriter import rewrite
 from .runtime.cache import Cache
 from .runtime.hosts import library_path, register

@@ -18,10 +18,10 @@ from .bench import model as bench_model
 from .config import KiviConfig, parse_layer_bits
 from .errors import ConfigError
 from .evaluate import evaluate
-from .inspector import Report
 from .inspector import inspect as inspect_file
 from .paths import model_path
 from .progress import Progress
+from .report import Report
 from .rewriter import rewrite
 from .runtime.hosts import describe
 from .session import Session, open_decoder

@@ -13,7 +13,7 @@ import onnxruntime as ort
 from .decoder import ENCODER_TOKENS, Decoder
 from .errors import UnsupportedModelError
 from .evaluate import log_softmax
-from .inspector import Report
+from .report import Report
 from .runtime.cache import Cache
 from .session import Session, open_model, quiet_options
 

@@ -14,11 +14,12 @@ import numpy as np
 from .config import KiviConfig
 from .errors import UnsupportedModelError
 from .graph import Dim, Edit, Graph, Model, Source, apply, fingerprint, load, set_attribute
-from .inspector import Findings, Report, examine
+from .inspector import Findings, examine
 from .laying import heads_first, laid_out
 from .patterns import Added, MaskTerm, NewConstant, NewNode, Site
 from .patterns.decoder import PAST_LENGTH, Decoder
 from .plan import Plan
+from .report import Report
 from .spec import (
     COMMITTED_LENGTH,
     CROSS,

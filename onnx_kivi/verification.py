@@ -18,9 +18,10 @@ import numpy as np
 from .decoder import ENCODER_TOKENS, Decoder
 from .errors import ConfigError
 from .graph import load, save
-from .inspector import Report, inspect
+from .inspector import inspect
 from .progress import Progress, silent
 from .replay import Reference, Scores
+from .report import Report
 from .rewriter import dense
 from .session import Session
 from .spec import CROSS, DENSE_BITS, SdpaAttributes

@@ -15,7 +15,7 @@ from .bench.kernel import KernelBench
 from .bench.model import Row
 from .demo import Contender, Demo
 from .evaluate import Evaluation
-from .inspector import Report
+from .report import Report
 from .runtime.cache import Cache
 from .verification import Verification
 

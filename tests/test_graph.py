@@ -225,6 +225,26 @@ def test_external_weights_outside_the_folder_are_refused(tmp_path: Path) -> None
         save_rewrite(path)
 
 
+def test_axes_and_shapes_in_external_data_are_read(tiny: Path, tmp_path: Path) -> None:
+    path = tmp_path / "model.onnx"
+    onnx.save(onnx.load(tiny), path, save_as_external_data=True, location="data", size_threshold=0)
+    assert kivi.inspect(path).sites == kivi.inspect(tiny).sites
+    (tmp_path / "data").write_bytes((tmp_path / "data").read_bytes()[:-1])
+    with pytest.raises(kivi.UnsupportedModelError, match=r"data: expected at least [\d,]+ bytes, which .* truncated"):
+        kivi.inspect(path)
+
+
+def test_an_original_is_never_overwritten(tiny: Path, tmp_path: Path) -> None:
+    path = tmp_path / "model.onnx"
+    onnx.save(onnx.load(tiny), path)
+    model, _ = kivi.rewrite(path)
+    with pytest.raises(kivi.ConfigError, match="originals are never overwritten"):
+        kivi.save(model, path)
+    assert len(kivi.inspect(path).sites) == 2
+    for _ in range(2):
+        kivi.save(model, tmp_path / "small.onnx")
+
+
 def test_missing_external_weights_are_named(tmp_path: Path) -> None:
     path, _ = external_model(tmp_path / "a")
     (tmp_path / "a" / "weights" / "data.bin").unlink()

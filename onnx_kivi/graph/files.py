@@ -1,14 +1,16 @@
 """Reading and writing model files: clear errors, weights left where they are, nothing half-written.
 
-External weights are never read. `load` notes in each external tensor the folder it came from (key `basepath` of
-onnx's external data); `save` drops the note and, in another folder, copies the weight files beside the new model (as
-files, not through memory). A model too large for one protobuf file gets its weights in a file of their own.
+External weights are never read; small tensors, which may be axes or shapes, are brought inline. `load` notes in
+each external tensor the folder it came from (key `basepath` of onnx's external data); `save` drops the note and, in
+another folder, copies the weight files beside the new model (as files, not through memory). A model too large for one
+protobuf file gets its weights in a file of their own.
 """
 
 from __future__ import annotations
 
 import contextlib
 import filecmp
+import math
 import os
 import shutil
 import tempfile
@@ -17,20 +19,40 @@ from pathlib import Path
 
 import onnx
 from google.protobuf.message import DecodeError, EncodeError  # type: ignore[import-untyped]
+from onnx import external_data_helper
 
-from ..errors import UnsupportedModelError
+from ..errors import ConfigError, UnsupportedModelError
 from ..paths import model_path
-from .view import Model, subgraphs
+from ..spec import DOMAIN
+from .view import INTEGERS, Model, subgraphs
 
 BASE = "basepath"
 PROTOBUF_LIMIT = (1 << 31) - (1 << 24)
 LEAST_EXTERNAL = 1024
+SMALL_TENSOR = 1024  # elements: of integers, an axis list or a shape; of others, only a scalar may decide anything
 ALIGNMENT = 4096
 
 
 def load(path: str | os.PathLike[str]) -> Model:
     """Read the model that `model_path` finds; external weights stay on disk. Raises UnsupportedModelError."""
     file = model_path(path)
+    model = _parse(file)
+    for tensor in [*external_tensors(model)]:
+        _set_entry(tensor, BASE, str(file.resolve().parent))
+        _check_extent(tensor)
+        if 0 <= math.prod(tensor.dims) <= (SMALL_TENSOR if tensor.data_type in INTEGERS else 1):
+            external_data_helper.load_external_data_for_tensor(tensor, entry(tensor, BASE))
+            tensor.data_location = onnx.TensorProto.DEFAULT
+            del tensor.external_data[:]
+    return model
+
+
+def is_rewritten(model: Model) -> bool:
+    """Whether a model imports our operators."""
+    return any(opset.domain == DOMAIN for opset in model.opset_import)
+
+
+def _parse(file: Path) -> Model:
     try:
         model = onnx.load_model(file, format="protobuf", load_external_data=False)
     except FileNotFoundError:
@@ -43,17 +65,46 @@ def load(path: str | os.PathLike[str]) -> Model:
         ) from None
     if not model.graph.node:
         raise UnsupportedModelError(f"{file}: expected an ONNX model, got a file without nodes; export it again")
-    for tensor in external_tensors(model):
-        _set_entry(tensor, BASE, str(file.resolve().parent))
+    if not all(isinstance(text, str) for text in _names(model.graph)):
+        raise UnsupportedModelError(f"{file}: expected names in UTF-8, got other bytes: damaged; export it again")
     return model
+
+
+def _names(graph: onnx.GraphProto) -> Iterator[str]:
+    """Every name in a graph and its subgraphs; protobuf gives bytes for what is not UTF-8."""
+    for named in (*graph.input, *graph.output, *graph.initializer, *graph.value_info):
+        yield named.name
+    for node in graph.node:
+        yield from (node.op_type, node.domain, node.name, *node.input, *node.output, *(a.name for a in node.attribute))
+        for inner in subgraphs(node):
+            yield from _names(inner)
+
+
+def _check_extent(tensor: onnx.TensorProto) -> None:
+    """Raises UnsupportedModelError unless the tensor's file is there and long enough."""
+    source = external_file(tensor)
+    if not source.is_file():
+        raise UnsupportedModelError(f"{source}: expected the model's external weights, got no such file")
+    try:
+        end = sum(int(entry(tensor, key) or 0) for key in ("offset", "length"))
+    except ValueError as error:
+        raise UnsupportedModelError(f"tensor {tensor.name!r}: expected numbers in its external data: {error}") from None
+    if (held := source.stat().st_size) < end:
+        raise UnsupportedModelError(
+            f"{source}: expected at least {end:,} bytes, which tensor {tensor.name!r} needs, got {held:,}: the file is "
+            "truncated; export or download it again"
+        )
 
 
 def save(model: Model, path: str | os.PathLike[str], *, temporary: bool = False) -> None:
     """Write a model. The file gets its name when it is complete; an old one stays whole if anything fails (OSError).
 
-    temporary: bring external weights by hard link, at no cost; onnx.checker refuses a model with such weights.
+    temporary: bring external weights by hard link, at no cost; onnx.checker refuses a model with such weights. Raises
+    ConfigError rather than let a rewritten model replace one that is not.
     """
     file = Path(path)
+    if is_rewritten(model) and _holds_original(file):
+        raise ConfigError(f"{file}: expected another file, got an original; originals are never overwritten")
     shell = onnx.ModelProto()
     inline = sum(len(t.raw_data) for t in tensors(model))
     try:
@@ -66,6 +117,13 @@ def save(model: Model, path: str | os.PathLike[str], *, temporary: bool = False)
             staged.write_bytes(shell.SerializeToString())
     except (EncodeError, ValueError) as error:
         raise UnsupportedModelError(f"{file}: the model can't be written as protobuf: {error}") from error
+
+
+def _holds_original(file: Path) -> bool:
+    try:
+        return file.is_file() and not is_rewritten(_parse(file))
+    except UnsupportedModelError:
+        return False
 
 
 def tensors(model: Model) -> Iterator[onnx.TensorProto]:
@@ -136,8 +194,6 @@ def _bring_weights(model: Model, file: Path, link: bool) -> None:
 
 def _place(source: Path, file: Path, location: str, link: bool) -> str:
     """Have the weight file `source` beside `file`, under `location` unless another file has that name."""
-    if not source.is_file():
-        raise UnsupportedModelError(f"{source}: expected the model's external weights, got no such file")
     name = location
     target = file.parent / name
     if target.exists() and not filecmp.cmp(source, target):

@@ -15,16 +15,16 @@ from typing import Any
 
 import numpy as np
 
-from .decoder import ENCODER_TOKENS, Decoder
+from .decoder import ENCODER_TOKENS
 from .errors import ConfigError
-from .graph import load, save
+from .graph import Graph, load, save
 from .inspector import inspect
 from .progress import Progress, silent
 from .replay import Reference, Scores
 from .report import Report
 from .rewriter import dense
-from .session import Session
-from .spec import CROSS, DENSE_BITS, SdpaAttributes
+from .session import NotRewrittenError
+from .spec import CROSS, DENSE_BITS, DOMAIN, QUANTIZED_KV_SDPA, SdpaAttributes
 
 DENSE_PROMPTS = (24, 8)
 # Rounding: ten times what onnxruntime's own optimizations change, within (floor, ceiling) of the logits' range.
@@ -131,12 +131,18 @@ def _judge(exact: Scores, actual: Scores, tolerance: float, bits: int | None) ->
 
 
 def _slots(rewritten: str | os.PathLike[str]) -> list[SdpaAttributes]:
-    """The nodes' attributes, learned by running one token."""
-    session = Session(rewritten)
-    with session.new_cache() as cache:
-        one = np.ones((1, 1), np.int64)
-        Decoder(session, cache).step(one, one)
-        return [slot.attributes for slot in session.backend.export_state(cache.handle).slots]
+    """The attributes of the nodes, read without a run, of which an original may not be capable either."""
+    nodes = [node for node in Graph(load(rewritten)).nodes if node.op == f"{DOMAIN}.{QUANTIZED_KV_SDPA.name}"]
+    if not nodes:
+        raise NotRewrittenError(
+            f"{rewritten}: expected a rewritten model, with {QUANTIZED_KV_SDPA.name} nodes, got one without; run "
+            "onnx-kivi rewrite on it first"
+        )
+    names = [spec.name for spec in SdpaAttributes.specs()]
+    return [
+        SdpaAttributes.from_wire({name: node.attr(name) for name in names if node.attr(name) is not None})
+        for node in nodes
+    ]
 
 
 def _prompts(slots: list[SdpaAttributes], prompt: int | None) -> list[int]:

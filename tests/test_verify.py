@@ -66,6 +66,24 @@ def test_other_weights_fail(tiny: Path, rewritten: Callable[[int], Path], tmp_pa
     assert not kivi.verify(tiny, path).ok
 
 
+def test_an_original_that_runs_at_no_length_is_said_to_be_one(tiny: Path, tmp_path: Path) -> None:
+    def break_logits(model: onnx.ModelProto) -> None:
+        (node,) = (n for n in model.graph.node if "logits" in n.output)
+        node.output[:] = ["whole" if name == "logits" else name for name in node.output]
+        model.graph.initializer.append(numpy_helper.from_array(np.array([1, 1, 3]), "traced"))
+        model.graph.node.append(onnx.helper.make_node("Reshape", ["whole", "traced"], ["logits"]))
+
+    original, path = changed(tiny, tmp_path / "original.onnx", break_logits), tmp_path / "model.onnx"
+    kivi.save(kivi.rewrite(original, kivi.KiviConfig(8, 8))[0], path)
+    with pytest.raises(kivi.UnsupportedModelError, match="expected an original that runs"):
+        kivi.verify(original, path)
+
+
+def test_a_model_that_is_not_rewritten(tiny: Path) -> None:
+    with pytest.raises(kivi.UnsupportedModelError, match="expected a rewritten model"):
+        kivi.verify(tiny, tiny)
+
+
 def test_run_that_seals_nothing_fails(tiny: Path, rewritten: Callable[[int], Path]) -> None:
     result = kivi.verify(tiny, rewritten(8), prompt=4, steps=1)
     assert not result.ok

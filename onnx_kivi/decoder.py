@@ -136,7 +136,7 @@ class Decoder:
             for axis, name in enumerate(i.shape):
                 if shape[axis] is None and (axis == 0 or name == token_batch or "batch" in str(name)):
                     shape[axis] = batch
-            if shape[-1] is None:
+            if shape[-1] is None and shape.count(None) > 1:
                 shape[-1] = self._facts.head_sizes.get(i.name)
             grows = self._present[i.name] is not None and "encoder" not in i.name and i.name not in self._facts.crossed
             tokens = self._facts.capacities.get(i.name, length if grows else self._encoder_tokens)

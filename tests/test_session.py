@@ -8,10 +8,12 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+import onnx
 import onnxruntime as ort
 import pytest
 
 import onnx_kivi as kivi
+from graphs import decoder as hand_written
 from onnx_kivi.decoder import Decoder
 from onnx_kivi.session import open_model, quiet_options
 
@@ -36,6 +38,22 @@ def original_logits(tiny: Path, *ends: int) -> list[npt.NDArray[np.float32]]:
     decoder = Decoder(open_model(tiny))
     starts = (0, *ends)
     return [decoder.step(IDS[:, a:b]) for a, b in zip(starts, ends, strict=False)]
+
+
+def test_a_cache_whose_tokens_are_last_is_filled_along_them(tmp_path: Path) -> None:
+    model = hand_written(
+        inputs={"past_key": "float[B,2,8,P] past_0_key"},
+        outputs={"present_key": "float[B,2,8,T] present_0_key"},
+        join_key="turned = Transpose<perm=[0,1,3,2]>(key) present_0_key = Concat<axis=3>(past_0_key, turned)",
+        repeat_key="k5 = Unsqueeze(present_0_key, i(2)) k6 = Expand(k5, i(1,1,2,1,1)) kt = Reshape(k6, i(0,4,8,-1))",
+        transpose=None,
+    )
+    (site,) = kivi.inspect(model).sites
+    onnx.save(model, tmp_path / "model.onnx")
+    sizes = dict.fromkeys(site.cache_inputs, site.k_head_size or 0)
+    decoder = Decoder(open_model(tmp_path / "model.onnx"), head_sizes=sizes)
+    decoder.fill(5)
+    assert decoder.cache_bytes == 2 * 2 * 5 * 8 * 4
 
 
 def test_dense_session_gives_the_originals_logits(

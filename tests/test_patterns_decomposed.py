@@ -42,6 +42,19 @@ SPELLINGS: dict[str, dict[str, Any]] = {
         "inputs": {"mask": "bool[B,1,S,T] seen"},
         "mask": "hidden = Not(seen) masked = Where(hidden, f(-3.0e38), scaled)",
     },
+    "where, a fill of -1e9": {
+        "inputs": {"mask": "bool[B,1,S,T] seen"},
+        "mask": "masked = Where(seen, scaled, f(-1e9))",
+    },
+    "masked scores raised to a floor": {"mask": "m1 = Add(scaled, mask) masked = Max(m1, f(-3.4028235e38))"},
+    "a floor, sides swapped, under a mask": {"scale": "s1 = Max(f(-3e38), scores) scaled = Mul(s1, f(0.3))"},
+    "heads repeated by Tile": {
+        side: f"{v}5 = Unsqueeze({cache}, i(2)) {v}6 = Tile({v}5, i(1,1,2,1,1)) {v} = Reshape({v}6, i(0,4,-1,8))"
+        for side, v, cache in (("repeat_key", "k", "present_0_key"), ("repeat_value", "v", "present_0_value"))
+    },
+    "heads repeated by Tile over their tokens": {
+        "repeat_key": "k5 = Tile(present_0_key, i(1,1,2,1)) k = Reshape(k5, i(0,4,-1,8))"
+    },
     "nan guard": {
         "guard": "bad = IsNaN(weights) clean = Where(bad, f(0), weights)",
         "values": "out = MatMul(clean, v)",
@@ -242,7 +255,32 @@ NEAR_MISSES: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "a fill that does not hide": (
         {"inputs": {"mask": "bool[B,1,S,T] seen"}, "mask": "masked = Where(seen, scaled, f(-100))"},
-        r"expected a fill of at most -1e\+30",
+        r"expected a fill below every score, at most -9e\+08",
+    ),
+    "a floor that scores can reach": (
+        {"mask": "m1 = Add(scaled, mask) masked = Max(m1, f(-100))"},
+        r"expected a floor below every score, at most -9e\+08",
+    ),
+    "a floor that scores can reach once scaled": (
+        {"scale": "s1 = Max(scores, f(-3e9)) scaled = Mul(s1, f(0.1))"},
+        "expected a floor below every score",
+    ),
+    "a ceiling": ({"mask": "m1 = Add(scaled, mask) masked = Min(m1, f(3e38))"}, "no attention family recognizes it"),
+    "the larger of two": (
+        {"mask": "m1 = Add(scaled, mask) masked = Max(m1, mask)"},
+        "no attention family recognizes it",
+    ),
+    "a floor inside the softcap": (
+        {"scale": "s1 = Max(scores, f(-3e38)) s2 = Div(s1, f(2)) s3 = Tanh(s2) scaled = Mul(s3, f(2))"},
+        "mask inside the softcap",
+    ),
+    "heads repeated in another order by Tile": (
+        {"repeat_key": "k = Tile(present_0_key, i(1,2,1,1))"},
+        "each head repeated for consecutive query heads, got another order",
+    ),
+    "tokens repeated by Tile": (
+        {"repeat_key": "k5 = Tile(present_0_key, i(1,2,1,1)) k = Tile(k5, i(1,1,2,1))"},
+        "with its tokens on axis -1 .* got another order of axes",
     ),
     "mask inside the softcap": (
         {

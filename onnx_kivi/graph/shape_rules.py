@@ -49,6 +49,13 @@ def _expand(_: Node, inputs: Sequence[Known | None], __: Equations) -> list[Size
     return [tuple(s if w in (1, s) else w if s == 1 else None for s, w in zip(padded, wanted, strict=True))]  # type: ignore[misc]
 
 
+def _tile(_: Node, inputs: Sequence[Known | None], __: Equations) -> list[Sizes]:
+    sizes, repeats = known_shape(inputs[0]), inputs[1]
+    if repeats is None or repeats.value is None:
+        raise UnknownError
+    return [tuple(s * r for s, r in zip(sizes, repeats.value.flat, strict=True))]
+
+
 def _broadcast(_: Node, inputs: Sequence[Known | None], __: Equations) -> list[Sizes]:
     shapes = [known_shape(operand) for operand in inputs]
     rank = max(map(len, shapes))
@@ -180,6 +187,7 @@ BOOL_OPERATORS = frozenset({"GreaterOrEqual", "LessOrEqual"})
 SHAPE_RULES: Mapping[str, Callable[[Node, Sequence[Known | None], Equations], Sequence[Sizes | None]]] = {
     "Reshape": _reshape,
     "Expand": _expand,
+    "Tile": _tile,
     "GreaterOrEqual": _broadcast,
     "LessOrEqual": _broadcast,
     "Concat": _concat,

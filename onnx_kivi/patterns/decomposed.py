@@ -1,8 +1,9 @@
 """Attention written out as product, scale, mask, Softmax, product over a cache joined by Concat.
 
 The spellings of torch's two exporters, optimum, and onnxruntime's optimizers: scale on scores, query or both sides;
-masks by Add or Where; NaN guards; keys transposed in any way; heads repeated by Expand, broadcast by the product, or
-grouped on an axis of their own; MatMul or Einsum of 3, 4 or 5 axes; softcap; learned sink logits.
+masks by Add or Where, floored or not; NaN guards; keys transposed in any way; heads repeated by Expand or Tile,
+broadcast by the product, or grouped on an axis of their own; MatMul or Einsum of 3, 4 or 5 axes; softcap; learned sink
+logits.
 """
 
 from __future__ import annotations
@@ -90,7 +91,7 @@ def _match(decoder: Decoder, softmax: Softmax) -> Site | None:
         mask=mask,
         head_sink=scores.sink,
         softcap=scores.softcap,
-        nan_to_zero=weights.nan_to_zero,
+        nan_to_zero=weights.nan_to_zero or scores.floored,
     )
 
 

@@ -1,8 +1,8 @@
 """How a cache's axes lie in a tensor made of it by layout operators: the proof behind repeat_kv and transposes.
 
 Each axis of the tensor is a tuple of atoms, slowest first. An atom is an axis of the cache (0 to 3) or a repetition
-that Expand added. Only moves that are proven, from symbolic shapes, to permute, merge, split or repeat whole atoms
-are followed; anything else raises MissError.
+that Expand or Tile added. Only moves that are proven, from symbolic shapes, to permute, merge, split or repeat whole
+atoms are followed; anything else raises MissError.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from ..graph import Dim, Node, Shape
 from .decoder import Cache, Decoder, is_float_cast
 from .site import MissError
 
-MOVES = ("Transpose", "Reshape", "Unsqueeze", "Squeeze", "Expand", "Identity", "Cast", "Mul", "Div")
+MOVES = ("Transpose", "Reshape", "Unsqueeze", "Squeeze", "Expand", "Tile", "Identity", "Cast", "Mul", "Div")
 REPEAT = -1
 
 
@@ -127,6 +127,8 @@ def _move(decoder: Decoder, node: Node, axes: Axes) -> Axes:
         raise MissError(f"{node}: the shape it makes is not known")
     if node.op == "Expand":
         return _expand(node, axes, shape)
+    if node.op == "Tile":
+        return _tile(decoder, node, axes)
     return regroup(node, axes, shape)
 
 
@@ -142,6 +144,14 @@ def _expand(node: Node, axes: Axes, shape: Shape) -> Axes:
         else:
             raise MissError(f"{node}: size {now} becomes {size}, which is not proven to be a repetition")
     return tuple(out)
+
+
+def _tile(decoder: Decoder, node: Node, axes: Axes) -> Axes:
+    repeats = decoder.shapes.value(node.inputs[1])
+    if repeats is None:
+        raise MissError(f"{node}: how often it repeats each axis is not known")
+    pairs = zip(axes, repeats.flat, strict=True)
+    return tuple(axis if count == 1 else (Atom(REPEAT, count), *axis) for axis, count in pairs)
 
 
 def regroup(node: Node, axes: Sequence[tuple[Atom, ...]], shape: Shape) -> Axes:

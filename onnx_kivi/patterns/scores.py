@@ -1,4 +1,4 @@
-"""From a Softmax back to the product of queries and keys: scale, softcap, mask terms, sinks.
+"""From a Softmax back to the product of queries and keys: scale, softcap, mask terms, floor, sinks.
 
 Walking back, `factor` is what the scores are multiplied by between the current tensor and the softmax, so a term that
 is added there counts `factor` times whatever order the exporter chose. Each helper raises MissError with its reason.
@@ -16,7 +16,8 @@ from .layout import scaled_input
 from .site import Added, Filled, MaskTerm, MissError
 from .softmax import is_over_last_axis
 
-LEAST_FILL = -1e30
+# Under the -1e9 that people write, also once it is rounded to bfloat16; next to it float32 tells no scores apart.
+LEAST_FILL = -9e8
 LEAST_HALF_FILL = -6e4
 
 
@@ -34,7 +35,8 @@ class MaskOfScores:
 class Scores:
     """The product of queries and keys, and what happens between it and the softmax, in the op's own order.
 
-    sink: logits that are joined to the tensor `sunk`; both "" if none are. nodes: from the product on.
+    sink: logits that are joined to the tensor `sunk`; both "" if none are. floored: whether hidden scores are raised
+    from -inf to a finite number, which only rows that see no key can tell. nodes: from the product on.
     """
 
     product: Contraction
@@ -43,6 +45,7 @@ class Scores:
     mask: tuple[MaskOfScores, ...]
     sink: str
     sunk: str
+    floored: bool
     nodes: tuple[Node, ...]
 
 
@@ -66,6 +69,7 @@ class _Walk:
         self.mask: list[MaskOfScores] = []
         self.sink = ""
         self.sunk = ""
+        self.floored = False
         self.nodes: list[Node] = []
 
     def back(self, tensor: str) -> Scores | None:
@@ -77,8 +81,8 @@ class _Walk:
             self.nodes.append(node)
             product = read_contraction(self.decoder, node)
             if product is not None:
-                scale, nodes = self.factor * product.factor, tuple(self.nodes[::-1])
-                return Scores(product, scale, self.softcap, tuple(self.mask), self.sink, self.sunk, nodes)
+                scale, mask, nodes = self.factor * product.factor, tuple(self.mask), tuple(self.nodes[::-1])
+                return Scores(product, scale, self.softcap, mask, self.sink, self.sunk, self.floored, nodes)
             source = self._step(node)
             if source is None:
                 return None
@@ -97,6 +101,8 @@ class _Walk:
                 return self._added(node)
             case "Where":
                 return self._filled(node)
+            case "Max":
+                return self._raised(node)
             case "Concat":
                 return self._sunk(node)
             case "Sub":
@@ -137,9 +143,26 @@ class _Walk:
             return None
         least = least_fill(self.decoder.element(source, ""))
         if fill > least:
-            raise MissError(f"{node}: expected a fill of at most {least:g} (or -inf), got {fill}")
+            raise MissError(f"{node}: expected a fill below every score, at most {least:g} (or -inf), got {fill}")
         self._no_mask_before_cap(node)
         self._masked(node, source, condition, Filled(condition, keep, fill, factor=self.factor))
+        return source
+
+    def _raised(self, node: Node) -> str | None:
+        """max(scores, floor) of a floor that hides as well as what lies under it."""
+        if len(node.inputs) != 2:
+            return None
+        source, floor_tensor = node.inputs if carries_scores(self.decoder, node.inputs[0]) else node.inputs[::-1]
+        floor = self.decoder.shapes.scalar(floor_tensor)
+        if floor is None:
+            return None
+        least = least_fill(self.decoder.element(source, ""))
+        if floor * self.factor > least:
+            raise MissError(
+                f"{node}: expected a floor below every score, at most {least:g}, got {floor * self.factor:g}"
+            )
+        self._no_mask_before_cap(node)
+        self.floored = True
         return source
 
     def _no_mask_before_cap(self, node: Node) -> None:
@@ -186,7 +209,7 @@ class _Walk:
 
 def carries_scores(decoder: Decoder, tensor: str) -> bool:
     """Whether a product of a query with a cache, possibly scaled or masked, lies behind a tensor."""
-    chain = ("Identity", "Cast", "Mul", "Div", "Add", "Where", "Reshape", "Tanh")
+    chain = ("Identity", "Cast", "Mul", "Div", "Add", "Where", "Max", "Reshape", "Tanh")
     pending, seen = [tensor], set()
     while pending:
         name = pending.pop()

@@ -60,6 +60,17 @@ SLIDING = {"sliding_window": 6}
 OWN_SCALE = {"query_pre_attn_scalar": 6}
 SOFTCAP = {"attn_logit_softcapping": 5.0, "final_logit_softcapping": 30.0, **OWN_SCALE}
 
+GEMMA3N = {
+    "head_dim": 8,
+    "layer_types": ["sliding_attention", "full_attention"],
+    "num_kv_shared_layers": 0,
+    "vocab_size_per_layer_input": 128,
+    "hidden_size_per_layer_input": 8,
+    "laurel_rank": 4,
+    "activation_sparsity_pattern": [0.0, 0.0],
+    **SLIDING,
+}
+
 # name: (configuration class, what differs from BASE)
 ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("LlamaConfig", {}),
@@ -73,6 +84,7 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
         "Gemma3TextConfig",
         {"head_dim": 16, "sliding_window_pattern": 2, **SLIDING, **OWN_SCALE},
     ),
+    "gemma3n": ("Gemma3nTextConfig", GEMMA3N),
     "granite": ("GraniteConfig", {"attention_multiplier": 0.3, "residual_multiplier": 0.8}),
     "olmo2": ("Olmo2Config", {}),
     "smollm3": ("SmolLM3Config", {"no_rope_layers": [1, 0]}),
@@ -96,6 +108,7 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "bloom": ("BloomConfig", {"n_layer": 2, "n_head": 4}),
     "mpt": ("MptConfig", {"d_model": 32, "n_layers": 2, "n_heads": 4, "expansion_ratio": 2, "max_seq_len": 128}),
     "opt": ("OPTConfig", {"ffn_dim": 32, "word_embed_proj_dim": 32}),
+    "xglm": ("XGLMConfig", {"d_model": 32, "num_layers": 2, "attention_heads": 4, "ffn_dim": 32}),
     "gpt_oss": ("GptOssConfig", {"head_dim": 8, "num_local_experts": 2, "num_experts_per_tok": 2, **SLIDING}),
     "deepseek_v3": ("DeepseekV3Config", MLA),
     "deepseek_v3_dense": ("DeepseekV3Config", {**MLA, "first_k_dense_replace": 2}),

@@ -19,7 +19,7 @@ from onnxruntime.transformers.fusion_options import FusionOptions
 from optimum.exporters.onnx import main_export
 
 HERE = Path(__file__).parent
-ABSENT = {"qwen2_sliding", "deepseek_v3_dense"}
+ABSENT = {"qwen2_sliding", "deepseek_v3_dense", "gemma3n", "xglm"}
 SEQ2SEQ_FILES = ("decoder_with_past_model.onnx", "decoder_model_merged.onnx")
 OPTIMIZER_TYPES = {"gpt2": "gpt2", "whisper/decoder_with_past_model": "bart"}
 OPTIMIZED = {

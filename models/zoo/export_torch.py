@@ -27,7 +27,7 @@ BATCH, TOKENS, PAST = 2, 3, 5
 GENAI_CHANGES = {"head_dim": 16}
 TORCH_STYLES: dict[str, tuple[str, ...]] = {
     "dynamo-18": (
-        *("llama", "mistral", "qwen2", "qwen2_sliding", "qwen3", "gemma", "gpt2", "phi", "opt"),
+        *("llama", "mistral", "qwen2", "qwen2_sliding", "qwen3", "gemma", "gemma3n", "gpt2", "phi", "opt"),
         *("falcon_new", "granite", "deepseek_v3_dense"),
     ),
     "dynamo-18-eager": ("llama", "gemma2", "gptj"),
@@ -35,7 +35,7 @@ TORCH_STYLES: dict[str, tuple[str, ...]] = {
     "dynamo-23": ("llama", "qwen3", "gemma3", "gpt2"),
     "dynamo-24": ("llama",),
     "legacy-14": ("llama",),
-    "legacy-17": ("llama", "gpt2", "gemma2"),
+    "legacy-17": ("llama", "gpt2", "gemma2", "xglm"),
     "legacy-17-sdpa": ("llama",),
 }
 GENAI_STYLES: dict[str, tuple[str, ...]] = {

@@ -222,4 +222,7 @@ def _unread(decoder: Decoder, cache: Cache, latent: Mapping[str, Node]) -> str:
     readers = [n for n in decoder.graph.consumers(cache.joined) if n.op != "Shape" and n.index not in cache.nodes]
     if not readers:
         return "a cache that nothing reads"
+    size = decoder.graph.inputs[cache.input].type.tensor_type.shape.dim[cache.axis].dim_value
+    if size and not cache.output:
+        return f"a state of {size} tokens that {readers[0]} reads, which does not grow; --partial leaves it as it is"
     return f"a cache that {readers[0]} reads, after which no attention family recognizes it"

@@ -72,6 +72,25 @@ def test_a_cache_that_never_grows_is_neither_site_nor_miss() -> None:
     assert not report.misses
 
 
+def test_a_state_that_does_not_grow_is_named_as_such() -> None:
+    def inspected(size: str) -> kivi.Report:
+        return kivi.inspect(
+            decoder(
+                inputs={"state": f"float[B,8,{size}] past_1_conv", "fresh": "float[B,8,S] fresh"},
+                outputs={"more": "float[B,8,S] more", "held": "float[B,8,2] present_1_conv"},
+                guard="""joined = Concat<axis=2>(past_1_conv, fresh) weight = Reshape(f(1,2,3), i(1,1,3))
+                    wide = Expand(weight, i(8,1,3)) more = Conv<group=8>(joined, wide)
+                    present_1_conv = Slice(joined, i(-2), i(9999), i(2))""",
+            )
+        )
+
+    report = inspected("2")
+    assert [miss.node for miss in report.misses] == ["past_1_conv"]
+    assert "a state of 2 tokens that Conv 'more' reads, which does not grow" in report.misses[0].reason
+    assert len(report.sites) == 1
+    assert "a cache that Conv 'more' reads" in inspected("N").misses[0].reason
+
+
 def test_a_latent_cache_is_named_as_such_and_so_is_the_one_beside_it() -> None:
     model = decoder(
         inputs={"up": "float[8,8] tokens"},

@@ -48,10 +48,8 @@ def test_a_cache_whose_tokens_are_last_is_filled_along_them(tmp_path: Path) -> N
         repeat_key="k5 = Unsqueeze(present_0_key, i(2)) k6 = Expand(k5, i(1,1,2,1,1)) kt = Reshape(k6, i(0,4,8,-1))",
         transpose=None,
     )
-    (site,) = kivi.inspect(model).sites
     onnx.save(model, tmp_path / "model.onnx")
-    sizes = dict.fromkeys(site.cache_inputs, site.k_head_size or 0)
-    decoder = Decoder(open_model(tmp_path / "model.onnx"), head_sizes=sizes)
+    decoder = Decoder(open_model(tmp_path / "model.onnx"), facts=kivi.inspect(model).cache_facts)
     decoder.fill(5)
     assert decoder.cache_bytes == 2 * 2 * 5 * 8 * 4
 

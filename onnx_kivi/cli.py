@@ -9,7 +9,10 @@ import argparse
 import json
 import logging
 import math
+import os
+import signal
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
@@ -25,6 +28,7 @@ Run = Callable[[argparse.Namespace, Progress], commands.Outcome]
 FAILED = 1
 BAD_INPUT = 2
 INTERRUPTED = 130
+TERMINATED = 143
 
 
 class _Parser(argparse.ArgumentParser):
@@ -36,17 +40,35 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
     args = build_parser().parse_args(argv)
     logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s", stream=sys.stderr)
-    errors = Console(stderr=True)
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, _stop)
     try:
-        with progress_bar(errors) as progress:
-            outcome = args.run(args, progress)
-    except (KiviError, OSError) as error:
-        if args.debug:
+        return _run(args)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nobody reads on: say nothing at exit either
+        return FAILED
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except Exception as error:
+        if args.debug or not (isinstance(error, KiviError | OSError) or _is_onnxruntimes(error)):
             raise
         print(f"onnx-kivi {args.command}: {' '.join(str(error).split())}", file=sys.stderr)
         return BAD_INPUT
-    except KeyboardInterrupt:
-        return INTERRUPTED
+
+
+def _stop(*_: object) -> NoReturn:
+    """End by an exception, so that temporary files go."""
+    sys.exit(TERMINATED)
+
+
+def _is_onnxruntimes(error: Exception) -> bool:
+    """Whether onnxruntime refused to run a model on what it was given."""
+    return type(error).__module__.startswith("onnxruntime.")
+
+
+def _run(args: argparse.Namespace) -> int:
+    with progress_bar(Console(stderr=True)) as progress:
+        outcome = args.run(args, progress)
     if args.json:
         print(json.dumps(_finite(outcome.data), allow_nan=False))
     elif isinstance(outcome.view, str):
@@ -55,6 +77,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         Console().print(outcome.view)
     if not outcome.ok and outcome.failure:
         print(f"onnx-kivi {args.command}: {outcome.failure}", file=sys.stderr)
+    sys.stdout.flush()
     return 0 if outcome.ok else FAILED
 
 
@@ -66,7 +89,11 @@ def build_parser() -> argparse.ArgumentParser:
 
     def command(name: str, run: Run, about: str, example: str) -> argparse.ArgumentParser:
         sub = subparsers.add_parser(
-            name, help=about, description=about, epilog=f"example: onnx-kivi {name} {example}".rstrip()
+            name,
+            help=about,
+            description=about,
+            epilog=f"example: onnx-kivi {name} {example}".rstrip(),
+            allow_abbrev=False,
         )
         sub.set_defaults(run=run)
         sub.add_argument("--json", action="store_true", help="print one JSON object on stdout and nothing else there")
@@ -116,7 +143,7 @@ def _generate(parser: argparse.ArgumentParser) -> None:
     _tokenizer(parser)
     parser.add_argument("--prompt", required=True, metavar="TEXT")
     parser.add_argument("--chat", action="store_true", help="wrap the prompt in the ChatML form of chat models")
-    parser.add_argument("--max-new-tokens", type=int, default=64, metavar="N")
+    parser.add_argument("--max-new-tokens", type=int, default=64, metavar="N", help="at most (default 64)")
     parser.add_argument("--temperature", type=float, default=0.0, metavar="X", help="0 = greedy (default)")
     parser.add_argument("--top-p", type=float, default=1.0, metavar="X")
     parser.add_argument("--seed", type=int, metavar="N")
@@ -140,21 +167,24 @@ def _bench(parser: argparse.ArgumentParser) -> None:
 
 
 def _kernel_bench(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--heads", type=int, default=32, metavar="N")
-    parser.add_argument("--kv-heads", type=int, default=8, metavar="N")
-    parser.add_argument("--head-size", type=int, default=128, metavar="N")
-    parser.add_argument("--context", type=int, default=16384, metavar="N")
-    parser.add_argument("--bits", type=int, default=8, choices=BITS)
-    parser.add_argument("--threads", type=int, default=1, metavar="N")
+    parser.add_argument("--heads", type=int, default=32, metavar="N", help="query heads (default 32)")
+    parser.add_argument("--kv-heads", type=int, default=8, metavar="N", help="key/value heads (default 8)")
+    parser.add_argument("--head-size", type=int, default=128, metavar="N", help="channels of a head (default 128)")
+    parser.add_argument("--context", type=int, default=16384, metavar="N", help="tokens in the cache (default 16384)")
+    parser.add_argument("--bits", type=int, default=8, choices=BITS, help="of our cache (default 8)")
+    parser.add_argument("--threads", type=int, default=1, metavar="N", help="of every contender (default 1)")
 
 
 def _demo(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--bits", type=int, default=8, choices=BITS)
-    parser.add_argument("--max-new-tokens", type=int, default=48, metavar="N")
+    parser.add_argument("--bits", type=int, default=8, choices=BITS, help="of the cache (default 8)")
+    parser.add_argument("--max-new-tokens", type=int, default=48, metavar="N", help="of the answers (default 48)")
 
 
 def _integers(text: str) -> list[int]:
-    return [int(part) for part in text.split(",")]
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected integers such as 512,4096, got {text!r}") from None
 
 
 def _finite(value: Any) -> Any:
@@ -179,9 +209,10 @@ def _tokenizer(parser: argparse.ArgumentParser) -> None:
 
 
 def _quantization(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--bits", type=int, metavar="N", help="of keys and values: 8 (default), 4, 2, or 32 = dense")
-    parser.add_argument("--k-bits", type=int, metavar="N", help="of keys")
-    parser.add_argument("--v-bits", type=int, metavar="N", help="of values")
+    bits = "8 (default), 4, 2, or 32 = dense"
+    parser.add_argument("--bits", type=int, metavar="N", help=f"of keys and values: {bits}")
+    parser.add_argument("--k-bits", type=int, metavar="N", help="of keys (default: --bits)")
+    parser.add_argument("--v-bits", type=int, metavar="N", help="of values (default: --bits)")
     parser.add_argument("--block-tokens", type=int, default=64, metavar="N", help="tokens sealed at once (default 64)")
     parser.add_argument("--v-group-size", type=int, default=64, metavar="N", help="channels; 0 = all (default 64)")
     parser.add_argument("--residual", type=int, default=128, metavar="N", help="recent tokens in f32 (default 128)")

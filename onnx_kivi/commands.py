@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import os
 import tempfile
 import time
 from pathlib import Path
@@ -62,13 +63,16 @@ def rewrite_model(args: argparse.Namespace, progress: Progress) -> Outcome:
     source, output = model_path(args.model), Path(args.output)
     if output.exists() and source.exists() and output.samefile(source):
         raise ConfigError(f"-o: expected another file than the model, got {output}; the original is never overwritten")
+    if output.is_dir():
+        raise ConfigError(f"-o: expected a file to write, got the folder {output}; add a name, such as small.onnx")
     if not output.parent.is_dir():
         raise ConfigError(f"-o: expected an existing folder, got {output.parent}; create it first")
+    if not os.access(output.parent, os.W_OK):
+        raise ConfigError(f"-o: expected a folder that can be written to, got {output.parent}")
     progress("rewriting", 0.0)
     model, report = rewrite(source, config, partial=args.partial)
     checked = None if args.no_verify else _verify_staged(source, report, model, output, progress)
-    if checked is None or checked.ok:
-        graph.save(model, output)
+    weights = graph.save(model, output) if checked is None or checked.ok else ()
     removed_inputs = [name for site in report.sites for name in site.removed_inputs]
     removed_outputs = [name for site in report.sites for name in site.cache_outputs if name]
     data = report.to_dict() | {
@@ -79,7 +83,7 @@ def rewrite_model(args: argparse.Namespace, progress: Progress) -> Outcome:
     }
     if checked is not None and not checked.ok:
         return Outcome(data, verification_view(checked), ok=False, failure=f"nothing written: {checked.reason}")
-    return Outcome(data, rewrite_view(report, output, checked))
+    return Outcome(data, rewrite_view(report, [output, *weights], checked))
 
 
 def verify_model(args: argparse.Namespace, progress: Progress) -> Outcome:
@@ -153,6 +157,8 @@ def perplexity(args: argparse.Namespace, progress: Progress) -> Outcome:
 
 def bench(args: argparse.Namespace, progress: Progress) -> Outcome:
     """Decode speed and cache bytes by context length."""
+    if args.plot:
+        bench_model.check_plot(args.plot)
     curves = {
         Path(model).stem: bench_model.bench(
             model, reference=args.reference, contexts=args.context, new_tokens=args.new_tokens, progress=progress

@@ -29,6 +29,14 @@ class KiviConfig:
     cross: bool = False
 
     def __post_init__(self) -> None:
+        pairs = isinstance(self.layer_bits, Mapping) and all(
+            isinstance(bits, tuple) and len(bits) == 2 for bits in self.layer_bits.values()
+        )
+        if not pairs:
+            raise ConfigError(
+                f"layer_bits: expected a mapping of layers to (k_bits, v_bits), such as {{0: (8, 4)}}, got "
+                f"{self.layer_bits!r}"
+            )
         for k_bits, v_bits in ((self.k_bits, self.v_bits), *self.layer_bits.values()):
             check_store_options(
                 k_bits, v_bits, self.block_tokens, self.v_group_size, self.residual_length, self.sink_length

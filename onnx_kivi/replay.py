@@ -107,7 +107,7 @@ class Reference:
         if not self._runs:
             raise UnsupportedModelError(
                 f"{path}: expected an original that runs {min(prompts) + CHUNK + steps} tokens, so that the cache is "
-                f"really used, got: {' '.join(str(failure).split())}; choose smaller blocks, residual or --prompt, "
+                f"really used, got: {' '.join(str(failure).split())}; choose smaller blocks or residual, "
                 "or --no-verify"
             )
 

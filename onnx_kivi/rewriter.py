@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from .config import KiviConfig
-from .errors import UnsupportedModelError
+from .errors import ConfigError, UnsupportedModelError
 from .graph import Dim, Edit, Graph, Model, Source, apply, fingerprint, load, set_attribute
 from .inspector import Findings, examine
 from .laying import heads_first, laid_out
@@ -62,6 +62,11 @@ def rewrite(
     report = findings.report
     if report.misses and not (partial and report.sites):
         raise UnsupportedModelError(_refusal(report, partial))
+    layers = {site.layer for site in report.sites}
+    if unknown := sorted(set(config.layer_bits) - layers):
+        raise ConfigError(
+            f"layer_bits: expected layers that the model has, {min(layers)} to {max(layers)}, got {unknown}"
+        )
     _emit(model, findings, config)
     return model, report
 

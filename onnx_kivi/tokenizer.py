@@ -26,7 +26,7 @@ class Tokenizer:
         try:
             from tokenizers import Tokenizer as Backend
         except ImportError:
-            raise ConfigError("tokenizer: expected the package tokenizers; pip install 'onnx_kivi[hf]'") from None
+            raise ConfigError("tokenizer: expected the package tokenizers; pip install 'onnx_kivi[demo]'") from None
         path = Path(folder) / "tokenizer.json"
         try:
             backend = Backend.from_file(str(path))

@@ -42,7 +42,7 @@ class Verification:
 
     max_rel_diff: largest difference of logits at 32 bits over the original's range of logits. mean_kl (nats) and
     top1_agreement: of the model as it is, over the tokens after the prefill. sealed_tokens: the least over its slots.
-    tokens: how many were compared. ok is False exactly when `reason` says why.
+    tokens: how many were compared. bits: the fewest of any slot. ok is False exactly when `reason` says why.
     """
 
     max_rel_diff: float
@@ -51,12 +51,23 @@ class Verification:
     top1_agreement: float
     sealed_tokens: int
     tokens: int
+    bits: int
     reason: str
 
     @property
     def ok(self) -> bool:
         """Whether every check passed."""
         return not self.reason
+
+    @property
+    def verdict(self) -> str:
+        """The outcome in words."""
+        if not self.ok:
+            return f"FAILED: {self.reason}"
+        if self.bits == DENSE_BITS:
+            return "equal to the original"
+        kl, top1 = LIMITS[self.bits]
+        return f"equal at 32 bits; as near as {self.bits} bits should be (KL up to {kl:g}, top-1 from {top1:g})"
 
     def to_dict(self) -> dict[str, Any]:
         """JSON object of the outcome."""
@@ -114,7 +125,7 @@ def _judge(exact: Scores, actual: Scores, tolerance: float, bits: int | None) ->
         if not actual.prefill_rel_diff <= tolerance:
             reasons.append(f"the prefill, which reads no quantized token, differs by {actual.prefill_rel_diff:.1e}")
         if actual.sealed_tokens <= 0:
-            reasons.append("no token was quantized in some slot")
+            reasons.append("no token was quantized in some slot; a longer prompt is needed")
         if not actual.mean_kl <= kl:
             reasons.append(f"mean KL {actual.mean_kl:.1e} is over {kl:.1e}, the limit at {bits} bits")
         if not actual.top1_agreement >= top1:
@@ -126,6 +137,7 @@ def _judge(exact: Scores, actual: Scores, tolerance: float, bits: int | None) ->
         top1_agreement=actual.top1_agreement,
         sealed_tokens=actual.sealed_tokens,
         tokens=actual.tokens,
+        bits=DENSE_BITS if bits is None else bits,
         reason="; ".join(reasons),
     )
 

@@ -43,7 +43,7 @@ def verification_view(checked: Verification) -> Table:
     """Table of a Verification."""
     return facts(
         {
-            "verdict": "equal to the original" if checked.ok else f"FAILED: {checked.reason}",
+            "verdict": checked.verdict,
             "largest difference at 32 bits": f"{checked.max_rel_diff:.1e} of the logits' range "
             f"(limit {checked.tolerance:.1e})",
             "mean KL to the original": f"{checked.mean_kl:.1e} nats over {checked.tokens} tokens",
@@ -54,12 +54,13 @@ def verification_view(checked: Verification) -> Table:
     )
 
 
-def rewrite_view(report: Report, output: Path, checked: Verification | None) -> Table:
-    """Table of a rewrite, with its verification if there was one."""
+def rewrite_view(report: Report, files: Sequence[Path], checked: Verification | None) -> Table:
+    """Table of a rewrite into `files`, with its verification if there was one."""
     families = sorted({site.family for site in report.sites})
     table = facts(
         {
-            "written": output,
+            "written": files[0],
+            "with its weights in": ", ".join(str(file) for file in files[1:]) or None,
             "attention sites": f"{len(report.sites)} ({', '.join(families)})",
             "left as they are": len(report.misses) or None,
             "cache inputs and outputs removed": sum(

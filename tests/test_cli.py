@@ -251,3 +251,44 @@ def test_failed_verification_writes_nothing(
     assert "nothing written" in err
     assert out.read_bytes() == b"old"
     assert [p.name for p in tmp_path.iterdir()] == ["out.onnx"]
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (("--layer-bits", "0,77:8"), "layer_bits: expected layers that the model has, 0 to 1, got [77]"),
+        (("--bit", "4"), "unrecognized arguments: --bit 4"),
+    ],
+)
+def test_rewrite_refuses_options_that_mean_nothing(
+    tiny: Path, tmp_path: Path, run: Run, args: tuple[str, ...], message: str
+) -> None:
+    code, _, errors = run("rewrite", tiny, "-o", tmp_path / "small.onnx", *args)
+    assert code == 2
+    assert message in errors
+    assert not any(tmp_path.iterdir())
+
+
+def test_rewrite_refuses_a_folder_as_its_output(tiny: Path, tmp_path: Path, run: Run) -> None:
+    code, _, errors = run("rewrite", tiny, "-o", tmp_path)
+    assert code == 2
+    assert "-o: expected a file to write, got the folder" in errors
+
+
+def test_bench_refuses_a_plot_it_can_not_draw_before_it_measures(tiny: Path, run: Run) -> None:
+    pytest.importorskip("matplotlib", exc_type=ImportError)
+    code, _, errors = run("bench", tiny, "--plot", "curves.xyz")
+    assert code == 2
+    assert "--plot: expected a file that ends in one of" in errors
+
+
+def test_what_onnxruntime_refuses_is_one_line(tmp_path: Path, rewritten: Callable[[int], Path], run: Run) -> None:
+    """A tokenizer of more tokens than the model knows."""
+    tokenizers = pytest.importorskip("tokenizers", exc_type=ImportError)
+    vocabulary = {"Once": 70000, "[UNK]": 0}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="[UNK]"))
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    code, _, errors = run("generate", rewritten(8), "--tokenizer", tmp_path, "--prompt", "Once")
+    assert code == 2
+    assert "Traceback" not in errors
+    assert "70000" in errors

@@ -15,6 +15,7 @@ import pytest
 import onnx_kivi as kivi
 from graphs import decoder as hand_written
 from onnx_kivi.decoder import Decoder
+from onnx_kivi.runtime.select import get_backend
 from onnx_kivi.session import open_model, quiet_options
 
 IDS = np.random.default_rng(3).integers(0, 256, (1, 60))
@@ -52,6 +53,19 @@ def test_a_cache_whose_tokens_are_last_is_filled_along_them(tmp_path: Path) -> N
     decoder = Decoder(open_model(tmp_path / "model.onnx"), facts=kivi.inspect(model).cache_facts)
     decoder.fill(5)
     assert decoder.cache_bytes == 2 * 2 * 5 * 8 * 4
+
+
+def test_options_serve_many_sessions_of_one_host(rewritten: Callable[[int], Path]) -> None:
+    options = quiet_options()
+    kivi.register(options, host="python", backend="numpy")
+    for _ in range(2):
+        kivi.Session(rewritten(8), options, host="python", backend="numpy")
+    if get_backend().name == "native":
+        with pytest.raises(kivi.ConfigError, match="got some of host python, backend numpy"):
+            kivi.register(options, host="native")
+        options = quiet_options()
+        for _ in range(2):
+            kivi.Session(rewritten(8), options, host="native")
 
 
 def test_dense_session_gives_the_originals_logits(

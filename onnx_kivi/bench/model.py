@@ -10,6 +10,7 @@ import dataclasses
 import os
 import time
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
 
@@ -66,15 +67,27 @@ def bench(
     return rows
 
 
+def check_plot(path: str | os.PathLike[str]) -> None:
+    """Raise ConfigError if `plot` can't draw to this file: before anything is measured for it."""
+    try:
+        from matplotlib.backend_bases import FigureCanvasBase
+    except ImportError:
+        raise ConfigError("--plot: expected the package matplotlib; pip install 'onnx_kivi[plot]'") from None
+    file, kinds = Path(path), FigureCanvasBase.get_supported_filetypes()
+    if file.suffix.removeprefix(".") not in kinds:
+        raise ConfigError(f"--plot: expected a file that ends in one of {', '.join(kinds)}, got {file}")
+    if not os.access(file.parent, os.W_OK):
+        raise ConfigError(f"--plot: expected a folder that can be written to, got {file.parent}")
+
+
 def plot(curves: Mapping[str, Sequence[Row]], path: str | os.PathLike[str]) -> None:
     """Draw ms per token and cache bytes over context length, one curve for each name, and the original's.
 
-    Raises ConfigError where matplotlib is not installed.
+    Raises ConfigError as `check_plot` does.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise ConfigError("--plot: expected the package matplotlib; pip install 'onnx_kivi[plot]'") from None
+    check_plot(path)
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(10, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
     for name, rows in curves.items():

@@ -96,8 +96,10 @@ def _check_extent(tensor: onnx.TensorProto) -> None:
         )
 
 
-def save(model: Model, path: str | os.PathLike[str], *, temporary: bool = False) -> None:
-    """Write a model. The file gets its name when it is complete; an old one stays whole if anything fails (OSError).
+def save(model: Model, path: str | os.PathLike[str], *, temporary: bool = False) -> list[Path]:
+    """Write a model; returns the weight files beside it, which belong to it.
+
+    The file gets its name when it is complete; an old one stays whole if anything fails (OSError).
 
     temporary: bring external weights by hard link, at no cost; onnx.checker refuses a model with such weights. Raises
     ConfigError rather than let a rewritten model replace one that is not.
@@ -115,6 +117,7 @@ def save(model: Model, path: str | os.PathLike[str], *, temporary: bool = False)
         _bring_weights(shell, file, temporary)
         with _staged(file) as staged:
             staged.write_bytes(shell.SerializeToString())
+        return [file.parent / name for name in sorted({entry(t, "location") for t in external_tensors(shell)})]
     except (EncodeError, ValueError) as error:
         raise UnsupportedModelError(f"{file}: the model can't be written as protobuf: {error}") from error
 

@@ -6,6 +6,7 @@ import os
 from importlib.metadata import version
 from types import ModuleType
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import onnxruntime as ort
 
@@ -18,6 +19,9 @@ THREADS_ENVIRONMENT = "ONNX_KIVI_THREADS"
 ISA_ENVIRONMENT = "ONNX_KIVI_ISA"
 HOSTS = ("auto", "python", "native")
 AUTO_HOSTS = {"native": "native", "numpy": "python"}
+
+# onnxruntime refuses a second registration, and its options can't be asked.
+_servers: WeakKeyDictionary[ort.SessionOptions, str] = WeakKeyDictionary()
 
 
 def choose(host: str = "auto", backend: str = "auto") -> tuple[str, Backend]:
@@ -36,12 +40,22 @@ def choose(host: str = "auto", backend: str = "auto") -> tuple[str, Backend]:
 
 
 def register(options: ort.SessionOptions, *, host: str = "auto", backend: str = "auto") -> None:
-    """Make onnxruntime sessions made with `options` know the ops. Raises as `choose` does."""
+    """Make onnxruntime sessions made with `options` know the ops, if they don't yet.
+
+    Raises as `choose` does, and ConfigError for options that another host or backend serves.
+    """
     server, chosen = choose(host, backend)
+    asked = f"host {server}, backend {chosen.name}"
+    known = _servers.get(options)
+    if known == asked:
+        return
+    if known is not None:
+        raise ConfigError(f"register: expected session options without the ops, got some of {known}; make new ones")
     if server == "native":
         _native().register(options)
     else:
         python_host.register(options, chosen.name)
+    _servers[options] = asked
 
 
 def take_error(host: str, handle: int, failure: Exception | None) -> BaseException | None:

@@ -39,6 +39,20 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         },
         "not proven to merge or split whole axes",
     ),
+    "a softmax over the tokens of all queries": (
+        {
+            "softmax": """flat = Reshape(masked, i(0,0,-1)) w3 = Softmax<axis=-1>(flat) ms = Shape(masked)
+                weights = Reshape(w3, ms)""",
+        },
+        "softmax over the axes ST merged into one",
+    ),
+    "a softmax over the tokens of all queries, written out": (
+        {
+            "softmax": """flat = Reshape(masked, i(0,0,-1)) top = ReduceMax(flat, i(-1)) x = Sub(flat, top) e = Exp(x)
+                sum = ReduceSum(e, i(-1)) w3 = Div(e, sum) ms = Shape(masked) weights = Reshape(w3, ms)""",
+        },
+        "softmax over the axes ST merged into one",
+    ),
     "heads that only the mask has": (
         ONE_KV_HEAD
         | {

@@ -114,6 +114,15 @@ def followed(decoder: Decoder, nodes: Iterable[Node], start: str, axes: Axes) ->
     return known
 
 
+def check_sums_to_one(softmax: Node, logits: Axes) -> None:
+    """Raise MissError unless the last axis, over which the softmax runs, holds the tokens and nothing else."""
+    last = [atom.axis for atom in logits[-1]]
+    if last != ["T"]:
+        raise MissError(
+            f"{softmax}: softmax over the axes {''.join(map(str, last))} merged into one; expected T, alone"
+        )
+
+
 def result(product: Contraction, values: CacheView, letters: Letters, weights: Axes) -> Axes:
     """Axes of weights times values. Raises MissError unless each head's weights meet its own values."""
     theirs = dict(zip(product.right_labels, lettered(values, letters), strict=True))

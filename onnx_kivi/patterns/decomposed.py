@@ -13,6 +13,7 @@ from dataclasses import replace
 
 from ..graph import Node, element_name
 from .axes import (
+    check_sums_to_one,
     followed,
     group_size,
     key_letters,
@@ -60,6 +61,7 @@ def _match(decoder: Decoder, softmax: Softmax) -> Site | None:
     query_axes, score_axes = query_and_scores(decoder, scores.product, keys, of_keys)
     inner = (*scores.nodes, *softmax.nodes, *weights.nodes[:-1])
     axes = followed(decoder, inner, first.outputs[0], score_axes)
+    check_sums_to_one(softmax.nodes[-1], axes[softmax.input])
     out_axes = result(weights.product, values, of_values, axes[weights.product.left])
     key, value = new_tokens(keys, of_keys), new_tokens(values, of_values)
     query, query_scale = _query(decoder, scores.product.left)

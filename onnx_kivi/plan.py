@@ -31,7 +31,8 @@ class Plan:
 def misses(decoder: Decoder, sites: Sequence[Site]) -> dict[int, Miss]:
     """The sites that can't be cut out together with the others, by position, each with its reason."""
     covered = frozenset[int]().union(*(site.covered for site in sites))
-    reasons = {i: next(_leaks(decoder, site, covered), None) for i, site in enumerate(sites)}
+    gone = frozenset(name for site in sites for name in _vanishing(decoder, site))
+    reasons = {i: next(_leaks(decoder, site, covered, gone), None) for i, site in enumerate(sites)}
     return {i: Miss(sites[i].node, reason) for i, reason in reasons.items() if reason is not None}
 
 
@@ -83,13 +84,17 @@ def _vanishing(decoder: Decoder, site: Site) -> set[str]:
 
 
 def _operands(site: Site) -> list[str]:
+    return [*_needed_each_step(site), site.key.tensor, site.value.tensor]
+
+
+def _needed_each_step(site: Site) -> list[str]:
     terms = [term.tensor if isinstance(term, Added) else term.condition for term in site.mask]
     extra = [name for new in site.prologue if isinstance(new, NewNode) for name in new.inputs]
-    names = [site.query.tensor, site.key.tensor, site.value.tensor, site.head_sink, *terms, *extra]
+    names = [site.query.tensor, site.head_sink, *terms, *extra]
     return [name for name in names if name]
 
 
-def _leaks(decoder: Decoder, site: Site, covered: Collection[int]) -> Iterator[str]:
+def _leaks(decoder: Decoder, site: Site, covered: Collection[int], all_gone: Collection[str]) -> Iterator[str]:
     gone = _vanishing(decoder, site)
     fate = (
         "which a step leaves empty once the cache is stored"
@@ -102,9 +107,9 @@ def _leaks(decoder: Decoder, site: Site, covered: Collection[int]) -> Iterator[s
                 yield f"{tensor!r}, {fate}, is also read by {reader}"
         if tensor in decoder.graph.outputs and tensor not in site.cache_outputs:
             yield f"{tensor!r}, {fate}, is an output of the model"
-    for name in _operands(site):
-        if name in gone and not (site.kind == CROSS and name in site.cache_inputs):
-            yield f"{name!r} is an operand of the attention and would vanish with the cache"
+    for name in _needed_each_step(site) if site.kind == CROSS else _operands(site):
+        if name in all_gone:
+            yield f"{name!r}, {fate}, is an operand of the attention"
 
 
 def _rebuilt(decoder: Decoder, node: Node, gone: Collection[str]) -> tuple[Shape, dict[str, Source]] | Miss:

@@ -151,6 +151,11 @@ NEAR_MISSES: dict[str, tuple[dict[str, Any], str]] = {
         | {"outputs": {"also": "float[B,4,E,S] also"}},
         "'past_0_encoder_key', which a step leaves empty once the cache is stored, is also read by MatMul 'also'",
     ),
+    "keys that are the query as well": (
+        {"product": "c1 = MatMul(past_0_encoder_key, ct) c2 = Mul(c1, f(0.4))"}
+        | {"outputs": {"crossed": "float[B,4,E,8] crossed"}},
+        "'past_0_encoder_key', which a step leaves empty once the cache is stored, is an operand of the attention",
+    ),
     "turned keys read elsewhere": (
         {"more": "also = MatMul(key4, ct)", "outputs": {"also": "float[B,4,S,E] also"}}
         | {"inputs": {"key4": "float[B,4,S,8] key4"}},

@@ -53,6 +53,24 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         },
         "softmax over the axes ST merged into one",
     ),
+    "old and new tokens of another cache as the query": (
+        {
+            "product": """scores = MatMul(query, kt) present_1_key = Concat<axis=2>(past_1_key, key)
+                present_1_value = Concat<axis=2>(past_1_value, value) t1 = Transpose<perm=[0,1,3,2]>(present_1_key)
+                c1 = MatMul(present_0_value, t1) w1 = Softmax<axis=-1>(c1)
+                other = MatMul(w1, present_1_value)""",
+            "inputs": {
+                "past_1_key": "float[B,2,P,8] past_1_key",
+                "past_1_value": "float[B,2,P,8] past_1_value",
+            },
+            "outputs": {
+                "other": "float[B,2,T,8] other",
+                "present_1_key": "float[B,2,T,8] present_1_key",
+                "present_1_value": "float[B,2,T,8] present_1_value",
+            },
+        },
+        "'present_0_value', which would vanish with the cache, is an operand of the attention",
+    ),
     "heads that only the mask has": (
         ONE_KV_HEAD
         | {

@@ -209,8 +209,7 @@ def _tokenizer(parser: argparse.ArgumentParser) -> None:
 
 
 def _quantization(parser: argparse.ArgumentParser) -> None:
-    bits = "8 (default), 4, 2, or 32 = dense"
-    parser.add_argument("--bits", type=int, metavar="N", help=f"of keys and values: {bits}")
+    parser.add_argument("--bits", type=int, metavar="N", help="of keys and values: 8 (default), 4, 2, or 32 = dense")
     parser.add_argument("--k-bits", type=int, metavar="N", help="of keys (default: --bits)")
     parser.add_argument("--v-bits", type=int, metavar="N", help="of values (default: --bits)")
     parser.add_argument("--block-tokens", type=int, default=64, metavar="N", help="tokens sealed at once (default 64)")

@@ -31,8 +31,9 @@ class Plan:
 def misses(decoder: Decoder, sites: Sequence[Site]) -> dict[int, Miss]:
     """The sites that can't be cut out together with the others, by position, each with its reason."""
     covered = frozenset[int]().union(*(site.covered for site in sites))
-    gone = frozenset(name for site in sites for name in _vanishing(decoder, site))
-    reasons = {i: next(_leaks(decoder, site, covered, gone), None) for i, site in enumerate(sites)}
+    gone = [_vanishing(decoder, site) for site in sites]
+    all_gone = frozenset[str]().union(*gone)
+    reasons = {i: next(_leaks(decoder, site, covered, gone[i], all_gone), None) for i, site in enumerate(sites)}
     return {i: Miss(sites[i].node, reason) for i, reason in reasons.items() if reason is not None}
 
 
@@ -94,8 +95,9 @@ def _needed_each_step(site: Site) -> list[str]:
     return [name for name in names if name]
 
 
-def _leaks(decoder: Decoder, site: Site, covered: Collection[int], all_gone: Collection[str]) -> Iterator[str]:
-    gone = _vanishing(decoder, site)
+def _leaks(
+    decoder: Decoder, site: Site, covered: Collection[int], gone: set[str], all_gone: Collection[str]
+) -> Iterator[str]:
     fate = (
         "which a step leaves empty once the cache is stored"
         if site.kind == CROSS

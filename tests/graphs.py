@@ -48,6 +48,20 @@ LINES = {
     "guard": "",
     "values": "out = MatMul(weights, v)",
 }
+ONE_KV_HEAD: dict[str, Any] = {
+    "inputs": {
+        "key": "float[B,1,S,8] key",
+        "value": "float[B,1,S,8] value",
+        "past_key": "float[B,1,P,8] past_0_key",
+        "past_value": "float[B,1,P,8] past_0_value",
+    },
+    "outputs": {
+        "present_key": "float[B,1,T,8] present_0_key",
+        "present_value": "float[B,1,T,8] present_0_value",
+    },
+    "repeat_key": "k = Identity(present_0_key)",
+    "repeat_value": "v = Identity(present_0_value)",
+}
 CONSTANT = re.compile(r"\b([if])\(([-+.\de,]+)\)")
 
 

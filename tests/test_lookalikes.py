@@ -11,23 +11,13 @@ import onnxruntime as ort
 import pytest
 
 import onnx_kivi as kivi
-from graphs import BATCH, LINES, decoder, feeds, replay
+from graphs import BATCH, LINES, ONE_KV_HEAD, decoder, feeds, replay
 from test_mask import FILL, INPUTS, PADDING, PLACES
 from test_rewriter import half
 
 ROUNDING = 2e-6  # sums of at most 16 float32 products of order 1, taken in another order
 HALF_ROUNDING = 2e-3  # float16 has 11 bits; the original rounds scores, weights and sums to it, the op only its ends
 
-ONE_KV_HEAD: dict[str, Any] = {
-    "inputs": {
-        "past_key": "float[B,1,P,8] past_0_key",
-        "past_value": "float[B,1,P,8] past_0_value",
-        "key": "float[B,1,S,8] key",
-        "value": "float[B,1,S,8] value",
-    },
-    "repeat_key": "k = Identity(present_0_key)",
-    "repeat_value": "v = Identity(present_0_value)",
-}
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "weights of tokens and heads exchanged by a reshape": (
         ONE_KV_HEAD

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import onnx_kivi as kivi
-from graphs import decoder, replay
+from graphs import ONE_KV_HEAD, decoder, replay
 
 ROUNDING = 2e-6  # sums of at most 16 float32 products of order 1, taken in another order
 
@@ -108,20 +108,7 @@ SPELLINGS: dict[str, dict[str, Any]] = {
         "guard": "down = Concat<axis=0>(i(-1), s, t) w3 = Reshape(weights, down)",
         "values": "o3 = MatMul(w3, v) to4 = Concat<axis=0>(b, i(4), s, i(8)) out = Reshape(o3, to4)",
     },
-    "one kv head, broadcast": {
-        "inputs": {
-            "key": "float[B,1,S,8] key",
-            "value": "float[B,1,S,8] value",
-            "past_key": "float[B,1,P,8] past_0_key",
-            "past_value": "float[B,1,P,8] past_0_value",
-        },
-        "outputs": {
-            "present_key": "float[B,1,T,8] present_0_key",
-            "present_value": "float[B,1,T,8] present_0_value",
-        },
-        "repeat_key": "k = Identity(present_0_key)",
-        "repeat_value": "v = Identity(present_0_value)",
-    },
+    "one kv head, broadcast": ONE_KV_HEAD,
     "cache as (batch, tokens, heads, size)": {
         "inputs": {"key": "float[B,S,2,8] key", "past_key": "float[B,P,2,8] past_0_key"},
         "outputs": {"present_key": "float[B,T,2,8] present_0_key"},

@@ -14,7 +14,7 @@ import onnx
 import pytest
 
 import onnx_kivi as kivi
-from graphs import decoder, replay
+from graphs import ONE_KV_HEAD, decoder, replay
 from onnx_kivi.graph import read_equation
 
 ROUNDING = 2e-6  # sums of at most 16 float32 products of order 1, taken in another order
@@ -65,18 +65,6 @@ TOKENS_FIRST = {
     "join_value": "present_0_value = Concat<axis=1>(past_0_value, value)",
 }
 FULL_MASK = {"inputs": {"mask": "float[B,4,S,T] mask"}}
-ONE_KV_HEAD = {
-    "inputs": {
-        "key": "float[B,1,S,8] key",
-        "value": "float[B,1,S,8] value",
-        "past_key": "float[B,1,P,8] past_0_key",
-        "past_value": "float[B,1,P,8] past_0_value",
-    },
-    "outputs": {
-        "present_key": "float[B,1,T,8] present_0_key",
-        "present_value": "float[B,1,T,8] present_0_value",
-    },
-}
 SINKS = """sinks = Reshape(f(0.5,-0.5,1,2), i(1,2,2,1,1)) ss = Shape(m1) lead = Slice(ss, i(0), i(-1))
     to = Concat<axis=0>(lead, i(1)) column = Expand(sinks, to) masked = Concat<axis=-1>(m1, column)"""
 

@@ -36,12 +36,12 @@ ALIGNMENT = 4096
 def load(path: str | os.PathLike[str]) -> Model:
     """Read the model that `model_path` finds; external weights stay on disk. Raises UnsupportedModelError."""
     file = model_path(path)
-    model = _parse(file)
+    model, folder = _parse(file), str(file.resolve().parent)
     for tensor in [*external_tensors(model)]:
-        _set_entry(tensor, BASE, str(file.resolve().parent))
+        _set_entry(tensor, BASE, folder)
         _check_extent(tensor)
         if 0 <= math.prod(tensor.dims) <= (SMALL_TENSOR if tensor.data_type in INTEGERS else 1):
-            external_data_helper.load_external_data_for_tensor(tensor, entry(tensor, BASE))
+            external_data_helper.load_external_data_for_tensor(tensor, folder)
             tensor.data_location = onnx.TensorProto.DEFAULT
             del tensor.external_data[:]
     return model

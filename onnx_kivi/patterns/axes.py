@@ -14,14 +14,13 @@ from ..graph.dims import divide
 from .contraction import Contraction
 from .decoder import Decoder
 from .layout import Atom, Axes, CacheView, regroup
-from .operands import cache_letters, lettered, order_error
+from .operands import Letters, cache_letters, lettered, order_error
 from .site import SCORES, SIZE_1, MissError, joined
 
 ORDER = "BKGST"
 UNCOUNTED = {"B", "S", "T", "D"}
 
 Axis = tuple[Atom, ...]
-Letters = Mapping[int | str, str]
 
 
 def key_letters(product: Contraction, keys: CacheView) -> Letters:

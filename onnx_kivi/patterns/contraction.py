@@ -35,16 +35,16 @@ class Contraction:
 
 def is_cache_product(decoder: Decoder, node: Node) -> bool:
     """Whether a node multiplies a tensor with a cache."""
-    return node.op in PRODUCTS and any(_reads_cache(decoder, node.inputs[i]) for i in _sides(node))
+    return _cache_side(decoder, node) is not None
 
 
 def read_contraction(decoder: Decoder, node: Node) -> Contraction | None:
     """What a node sums; None if it is no product with a cache, MissError if it is another than of attention."""
-    if not is_cache_product(decoder, node):
+    right = _cache_side(decoder, node)
+    if right is None:
         return None
     if len(node.inputs) != 2:
         raise MissError(f"{node}: a product of {len(node.inputs)} tensors; expected 2, multiply the others before")
-    right = next(i for i in _sides(node) if _reads_cache(decoder, node.inputs[i]))
     ranks = [decoder.shapes.rank(name) for name in node.inputs]
     if node.op == "Einsum":
         equation = read_equation(node.attr("equation", ""), ranks)
@@ -64,9 +64,12 @@ def read_contraction(decoder: Decoder, node: Node) -> Contraction | None:
     return Contraction(node, *tensors, left_labels, right_labels, labels, summed[0], free[0], node.attr("alpha", 1.0))
 
 
-def _sides(node: Node) -> tuple[int, ...]:
-    """Inputs that may be the cache: of a MatMul the second, since its first one's rows are the result's."""
-    return (1,) if node.op in MATMULS else tuple(range(len(node.inputs)))[::-1]
+def _cache_side(decoder: Decoder, node: Node) -> int | None:
+    """Which input shows a cache: of a MatMul only the second may, since its first one's rows are the result's."""
+    if node.op not in PRODUCTS:
+        return None
+    sides = (1,) if node.op in MATMULS else range(len(node.inputs))[::-1]
+    return next((i for i in sides if _reads_cache(decoder, node.inputs[i])), None)
 
 
 def _matmul(node: Node, ranks: list[int | None]) -> tuple[tuple[Labels, Labels], Labels]:

@@ -6,13 +6,15 @@ from collections.abc import Mapping
 
 from ..graph import Node
 from .decoder import Decoder
-from .layout import REPEAT, Axes, CacheView
+from .layout import REPEAT, Atom, Axes, CacheView
 from .site import MissError, Operand
+
+Letters = Mapping[int | str, str]
 
 NEW_TOKENS = {"B": "B", "K": "H", "T": "S", "D": "D"}
 
 
-def cache_letters(view: CacheView, reader: Node, token_axis: int, size_axis: int) -> Mapping[int | str, str]:
+def cache_letters(view: CacheView, reader: Node, token_axis: int, size_axis: int) -> Letters:
     """Layout letter of each axis of the cache, after proving that these axes of the view are its tokens and size."""
     tokens, names = view.cache.axis, view.names()
     size = names[size_axis]
@@ -33,16 +35,14 @@ def order_error(view: CacheView, reader: Node) -> MissError:
     )
 
 
-def new_tokens(view: CacheView, letters: Mapping[int | str, str]) -> Operand:
+def new_tokens(view: CacheView, letters: Letters) -> Operand:
     """The new tokens of a cache, as they lie when they are joined."""
     return Operand(view.cache.new, "".join(NEW_TOKENS[letters[axis]] for axis in range(4)))
 
 
-def lettered(view: CacheView, letters: Mapping[int | str, str]) -> Axes:
+def lettered(view: CacheView, letters: Letters) -> Axes:
     """The view's axes in layout letters, sizes of 1 left out."""
-    return tuple(
-        tuple(type(atom)(letters[atom.axis], atom.size) for atom in axis if atom.size != 1) for axis in view.axes
-    )
+    return tuple(tuple(Atom(letters[atom.axis], atom.size) for atom in axis if atom.size != 1) for axis in view.axes)
 
 
 def cache_operand(view: CacheView, reader: Node) -> Operand:

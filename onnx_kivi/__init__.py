@@ -14,14 +14,14 @@ from .errors import (
     UnsupportedModelError,
 )
 from .graph import load, save
-from .inspector import inspect
-from .report import Report
-from .rewriter import rewrite
+from .measure.verify import Verification, verify
+from .rewrite.inspector import inspect
+from .rewrite.report import Report
+from .rewrite.rewriter import rewrite
+from .run.session import Session
 from .runtime.cache import Cache
 from .runtime.hosts import library_path, register
-from .runtime.quantize import quant_dequant
-from .session import Session
-from .verification import Verification, verify
+from .runtime.numpy_backend.quantize import quant_dequant
 
 try:
     __version__ = version("onnx_kivi")

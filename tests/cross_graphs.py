@@ -16,10 +16,10 @@ import onnxruntime as ort
 
 import graphs
 import onnx_kivi as kivi
+from limits import difference
+from onnx_kivi.run.session import quiet_options
 from onnx_kivi.runtime.backend import CacheState
-from onnx_kivi.session import quiet_options
 from onnx_kivi.spec import CROSS
-from test_zoo import difference
 
 Array = npt.NDArray[Any]
 

@@ -167,3 +167,16 @@ def replay(model: onnx.ModelProto, folder: Path, bits: int = 32) -> list[tuple[n
         past = {name: before[name.replace("past", "present")] for name in past}
         length += count
     return results
+
+
+def half(model: onnx.ModelProto) -> onnx.ModelProto:
+    """The model with every float made float16."""
+    for info in (*model.graph.input, *model.graph.output):
+        if info.type.tensor_type.elem_type == onnx.TensorProto.FLOAT:
+            info.type.tensor_type.elem_type = onnx.TensorProto.FLOAT16
+    for tensor in model.graph.initializer:
+        if tensor.data_type == onnx.TensorProto.FLOAT:
+            with np.errstate(over="ignore"):  # what is below float16's range becomes -inf
+                array = onnx.numpy_helper.to_array(tensor).astype(np.float16)
+            tensor.CopyFrom(onnx.numpy_helper.from_array(array, tensor.name))
+    return model

@@ -12,7 +12,7 @@ import onnxruntime as ort
 from onnx import TensorProto, helper
 
 from onnx_kivi import spec
-from onnx_kivi.runtime import host
+from onnx_kivi.runtime import python_host as host
 
 ELEMENTS = {"float": TensorProto.FLOAT, "int64": TensorProto.INT64}
 CONTROL = {spec.HANDLE_INPUT: spec.DEFAULT_HANDLE, spec.PAST_LENGTH_INPUT: spec.COMMITTED_LENGTH}

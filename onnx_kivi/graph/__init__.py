@@ -1,11 +1,11 @@
 """Reading, indexing, understanding and writing ONNX graphs; the only part that imports onnx and onnx_graphsurgeon."""
 
-from .dims import Dim, substitute, symbol
 from .edit import Edit, apply, fingerprint, set_attribute
-from .equations import read_equation
 from .files import load, save
 from .schemas import register_schemas
-from .shapes import Shape, Shapes, Source, infer_shapes
+from .symbolic.dims import Dim, substitute, symbol
+from .symbolic.einsum import read_equation
+from .symbolic.shapes import Shape, Shapes, Source, infer_shapes
 from .text import parse_model
 from .view import BOOL, FLOATS, INTEGERS, Array, Graph, Model, Node, element_name
 

@@ -4,8 +4,8 @@ FAMILY: its name. ANCHORS: the operators ("Softmax", "com.microsoft.GroupQueryAt
 operators that join past and new themselves, each with the past inputs, present outputs and token axis; Concat is
 known already. match(decoder, node) -> Site | None: called for every anchor; None if the node is no attention over a
 cache, MissError if it is one but a guard fails, which the inspector turns into a Miss at the node. A family reads the
-`Decoder`, returns values and changes nothing; `layer` and `kind` are filled in by the inspector. Nodes that must be
-emitted in front of the op go into `Site.prologue`.
+`DecoderGraph`, returns values and changes nothing; `layer` and `kind` are filled in by the inspector. Nodes that must
+be emitted in front of the op go into `Site.prologue`.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from collections.abc import Mapping
 from typing import Protocol
 
 from ..graph import Node
-from . import decomposed, gqa, mha, ms_attention, onnx_attention, refused, tensor_scatter
-from .decoder import Cache, Decoder, Port, read_decoder
+from .caches import CacheTensor, DecoderGraph, Port, read_decoder
+from .families import decomposed, gqa, mha, ms_attention, onnx_attention, refused, tensor_scatter
 from .site import Added, Filled, MaskTerm, Miss, MissError, NewConstant, NewNode, Operand, Site
 
 
@@ -34,7 +34,7 @@ class Family(Protocol):
     def PORTS(self) -> Mapping[str, tuple[Port, ...]]:  # noqa: N802
         """Its operators that join past and new."""
 
-    def match(self, decoder: Decoder, node: Node) -> Site | None:
+    def match(self, decoder: DecoderGraph, node: Node) -> Site | None:
         """The site at `node`; see the module's docstring."""
 
 
@@ -43,8 +43,8 @@ FAMILIES: tuple[Family, ...] = (decomposed, onnx_attention, gqa, mha, ms_attenti
 __all__ = [
     "FAMILIES",
     "Added",
-    "Cache",
-    "Decoder",
+    "CacheTensor",
+    "DecoderGraph",
     "Family",
     "Filled",
     "MaskTerm",

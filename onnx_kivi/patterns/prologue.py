@@ -10,7 +10,7 @@ import hashlib
 from typing import Any
 
 from ..graph import BOOL, Graph
-from .decoder import PAST_LENGTH
+from .caches import PAST_LENGTH
 from .site import NewConstant, NewNode, Number
 
 INT64 = 7

@@ -32,7 +32,7 @@ import numpy.typing as npt
 from ..errors import CacheError, KiviError
 from ..spec import SdpaAttributes, StepAttributes
 from .backend import BlockState, CacheState, FloatArray, QuantizedBlock, RowState, SlotState
-from .quantize import group_count, packed_size
+from .numpy_backend.quantize import group_count, packed_size
 from .state import check_state
 
 MAGIC = b"KIVIKV"

@@ -11,7 +11,7 @@ from weakref import WeakKeyDictionary
 import onnxruntime as ort
 
 from ..errors import BackendUnavailableError, ConfigError
-from . import host as python_host
+from . import python_host
 from .backend import Backend
 from .select import get_backend
 

@@ -8,7 +8,7 @@ import os
 
 from ..errors import BackendUnavailableError, ConfigError
 from .backend import Backend
-from .store import NumpyBackend
+from .numpy_backend.store import NumpyBackend
 
 BACKENDS = ("auto", "native", "numpy")
 ENVIRONMENT = "ONNX_KIVI_BACKEND"

@@ -7,8 +7,8 @@ import numpy as np
 from ..errors import CacheError
 from ..spec import DENSE_BITS, SdpaAttributes
 from .backend import BlockState, CacheState, FloatArray, QuantizedBlock, RowState
-from .quantize import SMALLEST_SCALE, group_count, packed_size
-from .rows import row_length
+from .numpy_backend.quantize import SMALLEST_SCALE, group_count, packed_size
+from .numpy_backend.rows import row_length
 
 
 def check_state(state: CacheState) -> None:

@@ -1,0 +1,221 @@
+"""What each command of the CLI does: takes parsed arguments, returns its Outcome. Printing is the CLI's."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import os
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .. import graph
+from ..config import KiviConfig, parse_layer_bits
+from ..errors import ConfigError
+from ..measure import demo as demo_run
+from ..measure import kernel_bench as bench_kernel
+from ..measure import model_bench as bench_model
+from ..measure.perplexity import evaluate
+from ..measure.verify import Verification, verify
+from ..paths import model_path
+from ..progress import Progress
+from ..rewrite.inspector import inspect as inspect_file
+from ..rewrite.report import Report
+from ..rewrite.rewriter import rewrite
+from ..run.session import Session, open_stepper
+from ..run.tokenizer import Tokenizer, chat
+from ..runtime.hosts import describe
+from .views import (
+    bench_view,
+    demo_view,
+    generated_view,
+    info_view,
+    kernel_bench_view,
+    perplexity_view,
+    rewrite_view,
+    verification_view,
+)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Outcome:
+    """data: the JSON object. view: what a person sees (anything rich prints). failure: why a check failed."""
+
+    data: dict[str, Any]
+    view: Any = None
+    ok: bool = True
+    failure: str = ""
+
+
+def inspect_model(args: argparse.Namespace, progress: Progress) -> Outcome:
+    """Sites and misses of a model; succeeds whether or not all of it matches."""
+    progress("reading the model", 0.0)
+    report = inspect_file(model_path(args.model), cross=args.cross)
+    return Outcome(report.to_dict(), str(report))
+
+
+def rewrite_model(args: argparse.Namespace, progress: Progress) -> Outcome:
+    """Rewrite, verify a staged copy, and only then give the file its name."""
+    config = _config(args)
+    source, output = model_path(args.model), Path(args.output)
+    if output.exists() and source.exists() and output.samefile(source):
+        raise ConfigError(f"-o: expected another file than the model, got {output}; the original is never overwritten")
+    if output.is_dir():
+        raise ConfigError(f"-o: expected a file to write, got the folder {output}; add a name, such as small.onnx")
+    if not output.parent.is_dir():
+        raise ConfigError(f"-o: expected an existing folder, got {output.parent}; create it first")
+    if not os.access(output.parent, os.W_OK):
+        raise ConfigError(f"-o: expected a folder that can be written to, got {output.parent}")
+    progress("rewriting", 0.0)
+    model, report = rewrite(source, config, partial=args.partial)
+    checked = None if args.no_verify else _verify_staged(source, report, model, output, progress)
+    weights = graph.save(model, output) if checked is None or checked.ok else ()
+    removed_inputs = [name for site in report.sites for name in site.removed_inputs]
+    removed_outputs = [name for site in report.sites for name in site.cache_outputs if name]
+    data = report.to_dict() | {
+        "rewritten": str(output) if checked is None or checked.ok else None,
+        "removed_inputs": removed_inputs,
+        "removed_outputs": removed_outputs,
+        "verify": checked.to_dict() if checked else None,
+    }
+    if checked is not None and not checked.ok:
+        return Outcome(data, verification_view(checked), ok=False, failure=f"nothing written: {checked.reason}")
+    return Outcome(data, rewrite_view(report, [output, *weights], checked))
+
+
+def verify_model(args: argparse.Namespace, progress: Progress) -> Outcome:
+    """Compare an original and its rewrite."""
+    checked = verify(
+        model_path(args.original),
+        model_path(args.rewritten),
+        prompt=args.prompt,
+        steps=args.steps,
+        batch=args.batch,
+        seed=args.seed,
+        tolerance=args.tolerance,
+        progress=progress,
+    )
+    return Outcome(checked.to_dict(), verification_view(checked), checked.ok, checked.reason)
+
+
+def generate_text(args: argparse.Namespace, progress: Progress) -> Outcome:
+    """Generate after a prompt; streams to stdout unless JSON was asked for."""
+    tokenizer = Tokenizer.load(args.tokenizer)
+    progress("loading the model", 0.0)
+    session = Session(args.model)
+    ids = tokenizer.encode(chat(args.prompt) if args.chat else args.prompt)
+    cache = session.new_cache()
+    progress("", 1.0)
+    tokens: list[int] = []
+    times = [time.perf_counter()]
+    text = ""
+    for token in session.generate(
+        ids,
+        max_new_tokens=args.max_new_tokens,
+        temperature=args.temperature,
+        top_p=args.top_p,
+        seed=args.seed,
+        stop_tokens=tokenizer.stop_tokens,
+        cache=cache,
+    ):
+        times.append(time.perf_counter())
+        tokens.append(token)
+        longer = tokenizer.decode(tokens)
+        if not longer.endswith("\N{REPLACEMENT CHARACTER}"):
+            if not args.json:
+                print(longer[len(text) :], end="", flush=True)
+            text = longer
+    if not args.json:
+        print()
+    decode = np.diff(times)[1:]
+    data = {
+        "text": tokenizer.decode(tokens),
+        "tokens": len(tokens),
+        "ms_per_token": float(np.median(decode) * 1e3) if len(decode) else None,
+        "cache_bytes": cache.nbytes,
+    }
+    return Outcome(data, generated_view(data, cache))
+
+
+def perplexity(args: argparse.Namespace, progress: Progress) -> Outcome:
+    """Perplexity of a rewritten or an original model."""
+    tokenizer = Tokenizer.load(args.tokenizer)
+    ids = tokenizer.encode(Path(args.text).read_text(encoding="utf-8") if args.text else demo_run.document())
+    result = evaluate(
+        open_stepper(args.model),
+        ids,
+        reference=open_stepper(args.reference) if args.reference else None,
+        window=args.window,
+        windows=args.windows,
+        progress=progress,
+    )
+    return Outcome(dataclasses.asdict(result), perplexity_view(result))
+
+
+def bench(args: argparse.Namespace, progress: Progress) -> Outcome:
+    """Decode speed and cache bytes by context length."""
+    if args.plot:
+        bench_model.check_plot(args.plot)
+    curves = {
+        Path(model).stem: bench_model.bench(
+            model, reference=args.reference, contexts=args.context, new_tokens=args.new_tokens, progress=progress
+        )
+        for model in args.model
+    }
+    if args.plot:
+        bench_model.plot(curves, args.plot)
+    rows = [dataclasses.asdict(row) for row in next(iter(curves.values()))]
+    return Outcome({"rows": rows}, bench_view(curves))
+
+
+def kernel_bench(args: argparse.Namespace, progress: Progress) -> Outcome:
+    """One decode step of attention."""
+    result = bench_kernel.kernel_bench(
+        heads=args.heads,
+        kv_heads=args.kv_heads,
+        head_size=args.head_size,
+        context=args.context,
+        bits=args.bits,
+        threads=args.threads,
+        progress=progress,
+    )
+    return Outcome(dataclasses.asdict(result), kernel_bench_view(result))
+
+
+def demo(args: argparse.Namespace, progress: Progress) -> Outcome:
+    """The main job on the real small model."""
+    result = demo_run.run(bits=args.bits, max_new_tokens=args.max_new_tokens, progress=progress)
+    return Outcome(result.to_dict(), demo_view(result), not result.failure, result.failure)
+
+
+def info(args: argparse.Namespace, progress: Progress) -> Outcome:  # noqa: ARG001
+    """Versions and what this machine offers."""
+    from .. import __version__
+
+    data = {"version": __version__} | describe()
+    return Outcome(data, info_view(data))
+
+
+def _config(args: argparse.Namespace) -> KiviConfig:
+    both = 8 if args.bits is None else args.bits
+    return KiviConfig(
+        k_bits=both if args.k_bits is None else args.k_bits,
+        v_bits=both if args.v_bits is None else args.v_bits,
+        block_tokens=args.block_tokens,
+        v_group_size=args.v_group_size,
+        residual_length=args.residual,
+        sink_length=args.sinks,
+        layer_bits=parse_layer_bits(args.layer_bits),
+        cross=args.cross,
+    )
+
+
+def _verify_staged(source: Path, report: Report, model: graph.Model, output: Path, progress: Progress) -> Verification:
+    """Verify under a temporary name beside the output, so that the name itself is only ever given to a sound model."""
+    with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}-") as folder:
+        staged = Path(folder) / output.name
+        graph.save(model, staged, temporary=True)
+        return verify(source, staged, report=report, progress=progress)

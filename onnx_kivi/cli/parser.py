@@ -1,0 +1,220 @@
+"""The command line: arguments, exit codes and errors. What each command does is in `commands`.
+
+Exit code 0 on success, 1 when a check that was asked for fails, 2 on bad usage or bad input, with one line on stderr.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import math
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
+
+from rich.console import Console
+
+from .. import __version__
+from ..errors import KiviError
+from ..progress import Progress, progress_bar
+from ..spec import BITS
+from . import commands
+
+Run = Callable[[argparse.Namespace, Progress], commands.Outcome]
+
+FAILED = 1
+BAD_INPUT = 2
+INTERRUPTED = 130
+TERMINATED = 143
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.exit(BAD_INPUT, f"{self.prog}: {message}; see {self.prog} --help\n")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code."""
+    args = build_parser().parse_args(argv)
+    logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s", stream=sys.stderr)
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, _stop)
+    try:
+        return _run(args)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nobody reads on: say nothing at exit either
+        return FAILED
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except Exception as error:
+        if args.debug or not (isinstance(error, KiviError | OSError) or _is_onnxruntimes(error)):
+            raise
+        print(f"onnx-kivi {args.command}: {' '.join(str(error).split())}", file=sys.stderr)
+        return BAD_INPUT
+
+
+def _stop(*_: object) -> NoReturn:
+    """End by an exception, so that temporary files go."""
+    sys.exit(TERMINATED)
+
+
+def _is_onnxruntimes(error: Exception) -> bool:
+    """Whether onnxruntime refused to run a model on what it was given."""
+    return type(error).__module__.startswith("onnxruntime.")
+
+
+def _run(args: argparse.Namespace) -> int:
+    with progress_bar(Console(stderr=True)) as progress:
+        outcome = args.run(args, progress)
+    if args.json:
+        print(json.dumps(_finite(outcome.data), allow_nan=False))
+    elif isinstance(outcome.view, str):
+        print(outcome.view)
+    elif outcome.view is not None:
+        Console().print(outcome.view)
+    if not outcome.ok and outcome.failure:
+        print(f"onnx-kivi {args.command}: {outcome.failure}", file=sys.stderr)
+    sys.stdout.flush()
+    return 0 if outcome.ok else FAILED
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of all commands."""
+    parser = _Parser(prog="onnx-kivi", description="Makes the KV cache of an exported ONNX decoder small and fast.")
+    parser.add_argument("--version", action="version", version=f"onnx-kivi {__version__}")
+    subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def command(name: str, run: Run, about: str, example: str) -> argparse.ArgumentParser:
+        sub = subparsers.add_parser(
+            name,
+            help=about,
+            description=about,
+            epilog=f"example: onnx-kivi {name} {example}".rstrip(),
+            allow_abbrev=False,
+        )
+        sub.set_defaults(run=run)
+        sub.add_argument("--json", action="store_true", help="print one JSON object on stdout and nothing else there")
+        sub.add_argument("--debug", action="store_true", help="show a traceback on errors")
+        return sub
+
+    _inspect(command("inspect", commands.inspect_model, "List attention sites and misses.", "model.onnx"))
+    _rewrite(
+        command("rewrite", commands.rewrite_model, "Rewrite, verify and save a model.", "model.onnx -o small.onnx")
+    )
+    _verify(command("verify", commands.verify_model, "Run both on the same tokens.", "model.onnx small.onnx"))
+    _generate(command("generate", commands.generate_text, "Stream text.", "small.onnx --tokenizer DIR --prompt Once"))
+    _ppl(command("ppl", commands.perplexity, "Perplexity.", "small.onnx --tokenizer DIR --reference model.onnx"))
+    _bench(command("bench", commands.bench, "Speed and memory by context.", "small.onnx --reference model.onnx"))
+    _kernel_bench(command("kernel-bench", commands.kernel_bench, "One decode step of attention, against others.", ""))
+    _demo(command("demo", commands.demo, "The main job on a real small model, from nothing.", ""))
+    command("info", commands.info, "Versions, hosts and backends available, and the ISA chosen.", "")
+    return parser
+
+
+def _inspect(parser: argparse.ArgumentParser) -> None:
+    _model(parser)
+    _cross(parser)
+
+
+def _rewrite(parser: argparse.ArgumentParser) -> None:
+    _model(parser)
+    parser.add_argument("-o", "--output", required=True, metavar="OUT", help="the file to write")
+    _quantization(parser)
+    _cross(parser)
+    parser.add_argument("--partial", action="store_true", help="rewrite what matches and leave the other caches")
+    parser.add_argument("--no-verify", action="store_true", help="write without running original and result")
+
+
+def _verify(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("original", metavar="ORIGINAL")
+    parser.add_argument("rewritten", metavar="REWRITTEN")
+    parser.add_argument("--prompt", type=int, metavar="N", help="tokens of the prefill (default: enough to seal)")
+    parser.add_argument("--steps", type=int, default=4, metavar="N", help="single tokens after it (default 4)")
+    parser.add_argument("--batch", type=int, default=2, metavar="N", help="rows (default 2)")
+    parser.add_argument("--seed", type=int, default=0, metavar="N")
+    parser.add_argument("--tolerance", type=float, metavar="X", help="of the logits' range, at 32 bits")
+
+
+def _generate(parser: argparse.ArgumentParser) -> None:
+    _model(parser)
+    _tokenizer(parser)
+    parser.add_argument("--prompt", required=True, metavar="TEXT")
+    parser.add_argument("--chat", action="store_true", help="wrap the prompt in the ChatML form of chat models")
+    parser.add_argument("--max-new-tokens", type=int, default=64, metavar="N", help="at most (default 64)")
+    parser.add_argument("--temperature", type=float, default=0.0, metavar="X", help="0 = greedy (default)")
+    parser.add_argument("--top-p", type=float, default=1.0, metavar="X")
+    parser.add_argument("--seed", type=int, metavar="N")
+
+
+def _ppl(parser: argparse.ArgumentParser) -> None:
+    _model(parser)
+    _tokenizer(parser)
+    parser.add_argument("--text", metavar="FILE", help="default: the Python documentation that comes with CPython")
+    parser.add_argument("--reference", metavar="ORIGINAL", help="also report KL and top-1 agreement against it")
+    parser.add_argument("--window", type=int, default=1024, metavar="N", help="tokens per window (default 1024)")
+    parser.add_argument("--windows", type=int, default=6, metavar="N", help="windows (default 6)")
+
+
+def _bench(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", nargs="+", metavar="MODEL", help="rewritten models; the JSON rows are the first one's")
+    parser.add_argument("--reference", metavar="ORIGINAL", help="take turns with this model")
+    parser.add_argument("--context", type=_integers, default=[512, 4096], metavar="N,N", help="default 512,4096")
+    parser.add_argument("--new-tokens", type=int, default=16, metavar="N", help="tokens timed (default 16)")
+    parser.add_argument("--plot", metavar="FILE.png", help="draw the curves of all models")
+
+
+def _kernel_bench(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--heads", type=int, default=32, metavar="N", help="query heads (default 32)")
+    parser.add_argument("--kv-heads", type=int, default=8, metavar="N", help="key/value heads (default 8)")
+    parser.add_argument("--head-size", type=int, default=128, metavar="N", help="channels of a head (default 128)")
+    parser.add_argument("--context", type=int, default=16384, metavar="N", help="tokens in the cache (default 16384)")
+    parser.add_argument("--bits", type=int, default=8, choices=BITS, help="of our cache (default 8)")
+    parser.add_argument("--threads", type=int, default=1, metavar="N", help="of every contender (default 1)")
+
+
+def _demo(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--bits", type=int, default=8, choices=BITS, help="of the cache (default 8)")
+    parser.add_argument("--max-new-tokens", type=int, default=48, metavar="N", help="of the answers (default 48)")
+
+
+def _integers(text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected integers such as 512,4096, got {text!r}") from None
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no infinity and no NaN: null stands for them."""
+    if isinstance(value, dict):
+        return {k: _finite(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _model(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="MODEL", help="an .onnx file, or a folder that holds model.onnx")
+
+
+def _cross(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--cross", action="store_true", help="also the caches that never grow: an encoder's")
+
+
+def _tokenizer(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--tokenizer", required=True, metavar="DIR", help="folder that holds tokenizer.json")
+
+
+def _quantization(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--bits", type=int, metavar="N", help="of keys and values: 8 (default), 4, 2, or 32 = dense")
+    parser.add_argument("--k-bits", type=int, metavar="N", help="of keys (default: --bits)")
+    parser.add_argument("--v-bits", type=int, metavar="N", help="of values (default: --bits)")
+    parser.add_argument("--block-tokens", type=int, default=64, metavar="N", help="tokens sealed at once (default 64)")
+    parser.add_argument("--v-group-size", type=int, default=64, metavar="N", help="channels; 0 = all (default 64)")
+    parser.add_argument("--residual", type=int, default=128, metavar="N", help="recent tokens in f32 (default 128)")
+    parser.add_argument("--sinks", type=int, default=4, metavar="N", help="first tokens in f32 (default 4)")
+    parser.add_argument("--layer-bits", default="", metavar="SPEC", help='exceptions, such as "0,29:8" or "0:8;1:8/4"')

@@ -1,0 +1,1 @@
+"""Symbolic sizes and small values of every tensor, by abstract interpretation of the graph."""

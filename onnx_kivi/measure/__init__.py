@@ -1,0 +1,1 @@
+"""Runs models to compare them: equality, perplexity, speed, the demo."""

@@ -1,0 +1,1 @@
+"""The attention families, one module each; see `patterns` for how to add one."""

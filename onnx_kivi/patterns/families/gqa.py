@@ -1,0 +1,192 @@
+"""com.microsoft GroupQueryAttention: past and present inside, heads merged or packed with keys and values.
+
+The node counts each row's tokens by `seqlens_k` (total - 1, new ones included) and pads on the right; our cache keeps
+padding where it was fed, so it is masked out of later steps, by the (B, T) mask that seqlens_k was summed from. Rows of
+different lengths that can't be told apart in this way, or under a window, give NaN rather than something else.
+Source: ContribOperators.md; the CPU kernel (positions, order of softcap, bias and window).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from ...graph import Node, element_name
+from ..caches import PAST_LENGTH, CacheTensor, DecoderGraph, Port
+from ..matching.softmax import reduced_axes
+from ..prologue import CONTRIB, Prologue
+from ..site import Added, MaskTerm, MissError, Operand, Site
+from .contrib import attention_scale, joined_cache, refuse
+
+FAMILY = "gqa"
+ANCHORS = ("com.microsoft.GroupQueryAttention",)
+PORTS: Mapping[str, tuple[Port, ...]] = {
+    ANCHORS[0]: (Port(3, 1, 2, fixed="sliding_window_cache"), Port(4, 2, 2, fixed="sliding_window_cache"))
+}
+
+QUERY, KEY, VALUE, PAST_KEY, PAST_VALUE, SEQLENS, TOTAL, COS, SIN, POSITIONS, BIAS, SINK = range(12)
+REFUSED_INPUTS = {
+    12: "the scale of its own quantized keys",
+    13: "the scale of its own quantized values",
+    14: "a norm of the queries",
+    15: "a norm of the keys",
+    16: "the lengths of a padded chunk",
+}
+KEEPS_NUMBERS = ("Cast", "Identity", "Reshape", "Squeeze", "Unsqueeze", "Flatten")
+PADDING_MOVED = "padding_must_follow_the_prompt_and_stay_there"
+BEYOND_TABLE = "positions_must_lie_within_the_rotary_table"
+PADDED_ROWS = "rows_must_be_of_one_length"
+LOWEST = -3.4028234663852886e38
+
+
+def match(decoder: DecoderGraph, node: Node) -> Site | None:
+    """The site of a GroupQueryAttention node; None if it reads no cache."""
+    keys, values = joined_cache(decoder, node, PAST_KEY, 1), joined_cache(decoder, node, PAST_VALUE, 2)
+    if keys is None or values is None:
+        return None
+    refuse(node, REFUSED_INPUTS, {3: "the scores"})
+    if not node.attr("causal", 1):
+        raise MissError("causal=0: expected new tokens to see those before them only")
+    q_heads, kv_heads = int(node.attr("num_heads")), int(node.attr("kv_num_heads"))
+    head_size = _head_size(decoder, node, keys, q_heads, kv_heads)
+    window = max(int(node.attr("local_window_size", -1)), 0)
+    prologue = Prologue(decoder.graph)
+    query, key, value = _operands(prologue, node, q_heads, kv_heads)
+    if node.attr("do_rotary", 0):
+        query, key = _rotated(decoder, prologue, node, (query, key), head_size)
+    sink = node.input(SINK)
+    if not sink and node.attr("smooth_softmax", -1) == 1:
+        sink = prologue.constant(*[0.0] * q_heads)
+    bias = node.input(BIAS)
+    mask: tuple[MaskTerm, ...] = (Added(_padding(decoder, prologue, node, window)),)
+    return Site(
+        layer=-1,
+        family=FAMILY,
+        node=node.name,
+        query=Operand(query),
+        key=Operand(key),
+        value=Operand(value),
+        output=Operand(node.outputs[0], "BS(HD)"),
+        cache_inputs=(keys.input, values.input),
+        cache_outputs=(keys.output, values.output),
+        covered=frozenset({node.index}) | keys.nodes | values.nodes,
+        q_heads=q_heads,
+        kv_heads=kv_heads,
+        k_head_size=head_size,
+        v_head_size=head_size,
+        element=element_name(decoder.graph.inputs[keys.input]),
+        scale=attention_scale(node, head_size),
+        mask=(*mask, Added(bias)) if bias else mask,
+        head_sink=sink,
+        softcap=float(node.attr("softcap", 0.0)),
+        is_causal=True,
+        window=window,
+        prologue=prologue.parts,
+        capacity=window if node.attr("sliding_window_cache", 0) else 0,
+    )
+
+
+def _head_size(decoder: DecoderGraph, node: Node, keys: CacheTensor, q_heads: int, kv_heads: int) -> int | None:
+    heads = q_heads if node.input(KEY) else q_heads + 2 * kv_heads
+    hidden, declared = ((decoder.shapes.shape(name) or (None,))[-1] for name in (node.inputs[QUERY], keys.input))
+    if isinstance(hidden, int):
+        return hidden // heads
+    return declared if isinstance(declared, int) else None
+
+
+def _operands(prologue: Prologue, node: Node, q_heads: int, kv_heads: int) -> tuple[str, ...]:
+    """Query, key and value as (B, H, S, D)."""
+    if not node.input(KEY):
+        packed = prologue.heads_first(node.inputs[QUERY], q_heads + 2 * kv_heads)
+        return prologue.split(packed, 1, q_heads, kv_heads, kv_heads)
+    heads = (q_heads, kv_heads, kv_heads)
+    return tuple(prologue.heads_first(name, n) for name, n in zip(node.inputs[:3], heads, strict=True))
+
+
+def _rotated(
+    decoder: DecoderGraph, prologue: Prologue, node: Node, tensors: tuple[str, str], head_size: int | None
+) -> tuple[str, str]:
+    """Query and key turned by their positions, as a RotaryEmbedding node does it."""
+    table = decoder.shapes.shape(node.input(COS))
+    pairs = table[1] if table and len(table) == 2 else None
+    if not isinstance(pairs, int) or head_size is None or not node.input(SIN):
+        raise MissError("do_rotary: the sizes of cos_cache and of the heads are not known")
+    partial = {} if pairs * 2 == head_size else {"rotary_embedding_dim": pairs * 2}
+    tables = (_checked(prologue, _positions(prologue, node), node.inputs[COS]), node.inputs[COS], node.inputs[SIN])
+    interleaved = int(node.attr("rotary_interleaved", 0))
+    heads = (int(node.attr("num_heads")), int(node.attr("kv_num_heads")))
+    query, key = (
+        prologue.node(
+            "RotaryEmbedding",
+            tensor,
+            *tables,
+            domain=CONTRIB,
+            interleaved=interleaved,
+            **(partial and partial | {"num_heads": n}),
+        )
+        for tensor, n in zip(tensors, heads, strict=True)
+    )
+    return query, key
+
+
+def _checked(prologue: Prologue, positions: str, table: str) -> str:
+    """The positions, which older RotaryEmbedding kernels look up beyond the table's end as well."""
+    within = prologue.node("Less", positions, prologue.size(table, 0))
+    return prologue.node("Add", positions, prologue.int64(prologue.require(within, BEYOND_TABLE)))
+
+
+def _positions(prologue: Prologue, node: Node) -> str:
+    """(B, S): those given (of a first prompt only the very first counts), or on from what each row holds."""
+    counted_S = prologue.counted(prologue.size(node.inputs[QUERY], 1))
+    given = node.input(POSITIONS)
+    if given:
+        first = prologue.node("Slice", given, prologue.constant(0, 0), prologue.constant(1, 1))
+        of_prompt = prologue.node("Add", first, counted_S)
+        is_prompt = prologue.node("Equal", PAST_LENGTH, prologue.constant(0))
+        return prologue.node("Where", is_prompt, of_prompt, given)
+    held_B1 = prologue.node("Sub", _lengths(prologue, node), prologue.size(node.inputs[QUERY], 1))
+    return prologue.node("Add", prologue.node("Max", held_B1, prologue.constant(0)), counted_S)
+
+
+def _lengths(prologue: Prologue, node: Node) -> str:
+    """Tokens of each row, new ones included, (B, 1)."""
+    last = prologue.node("Reshape", prologue.int64(node.inputs[SEQLENS]), prologue.constant(-1, 1))
+    return prologue.node("Add", last, prologue.constant(1))
+
+
+def _padding(decoder: DecoderGraph, prologue: Prologue, node: Node, window: int) -> str:
+    """What hides padding, (B, 1, 1, T) or (1, 1, 1, 1); a run that this cache can't follow stops there.
+
+    A first prompt needs nothing: its padding comes last, where no token sees it. Later, padding that the mask shows
+    lies where it was fed, unless the newest token is among it: then the caller moves it to the end at each step.
+    """
+    is_prompt = prologue.node("Equal", PAST_LENGTH, prologue.constant(0))
+    mask_BT = "" if window else summed_mask(decoder, node.inputs[SEQLENS])
+    if not mask_BT:
+        whole = prologue.node("Equal", _lengths(prologue, node), prologue.total_tokens(node.inputs[QUERY]))
+        shown = prologue.require(prologue.node("Or", whole, is_prompt), PADDED_ROWS)
+        return prologue.unsqueeze(shown, 1, 2, 3)
+    first, last = (prologue.bool(prologue.node("Gather", mask_BT, prologue.constant(i), axis=1)) for i in (0, -1))
+    followed = prologue.node("And", first, prologue.node("Or", last, is_prompt))
+    shown = prologue.require(followed, PADDING_MOVED)
+    shown_BT = prologue.node("Where", prologue.bool(mask_BT), shown, prologue.scalar(LOWEST))
+    return prologue.unsqueeze(shown_BT, 1, 2)
+
+
+def summed_mask(decoder: DecoderGraph, lengths: str) -> str:
+    """The (B, T) mask of which `lengths` is the sum over T, minus 1; "" if that can't be proven."""
+    node = _behind(decoder, lengths)
+    steps = {"Sub": 1.0, "Add": -1.0}
+    if node is None or node.op not in steps or decoder.shapes.scalar(node.inputs[1]) != steps[node.op]:
+        return ""
+    total = _behind(decoder, node.inputs[0])
+    if total is None or total.op != "ReduceSum" or decoder.shapes.rank(total.inputs[0]) != 2:
+        return ""
+    return total.inputs[0] if reduced_axes(decoder, total) in ([1], [-1]) else ""
+
+
+def _behind(decoder: DecoderGraph, tensor: str) -> Node | None:
+    """The node that makes the numbers of a tensor of one number per row."""
+    node = decoder.graph.producer(tensor)
+    while node is not None and node.op in KEEPS_NUMBERS:
+        node = decoder.graph.producer(node.inputs[0])
+    return node

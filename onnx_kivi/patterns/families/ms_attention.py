@@ -1,0 +1,76 @@
+"""com.microsoft Attention: the projection inside, keys and values of past and present packed as (2, B, H, P, D).
+
+The projection is moved in front as MatMul and Add. Its causal mask counts from the past and hides with the lowest
+float; its padding mask, in four forms, fills with `mask_filter_value`.
+Source: ContribOperators.md; the CPU kernel (what it refuses: rotary, masks of 4 axes, bias beside a past).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from ...graph import Node, element_name
+from ..caches import DecoderGraph, Port
+from ..prologue import Prologue
+from ..site import MissError, Operand, Site
+from .contrib import attention_scale, joined_cache, padding_mask, refuse
+
+FAMILY = "ms_attention"
+ANCHORS = ("com.microsoft.Attention",)
+PORTS: Mapping[str, tuple[Port, ...]] = {ANCHORS[0]: (Port(4, 1, 3),)}
+
+INPUT, WEIGHTS, INPUT_BIAS, MASK, PAST = range(5)
+REFUSED_INPUTS = {5: "a bias of the scores beside a past", 6: "the past length of a shared buffer"}
+
+
+def match(decoder: DecoderGraph, node: Node) -> Site | None:
+    """The site of an Attention node; None if it has no past."""
+    cache = joined_cache(decoder, node, PAST, 1)
+    if cache is None:
+        return None
+    refuse(node, REFUSED_INPUTS, {})
+    for name in ("do_rotary", "past_present_share_buffer"):
+        if node.attr(name, 0):
+            raise MissError(f"{node.op}: {name}; expected none")
+    heads = int(node.attr("num_heads"))
+    head_size = _head_size(decoder, node, cache.input, heads)
+    prologue = Prologue(decoder.graph)
+    projected = prologue.node("MatMul", node.inputs[INPUT], node.inputs[WEIGHTS])
+    if node.input(INPUT_BIAS):
+        projected = prologue.node("Add", projected, node.inputs[INPUT_BIAS])
+    query, key, value = prologue.split(prologue.heads_first(projected, 3 * heads), 1, heads, heads, heads)
+    mask = node.input(MASK)
+    terms = (padding_mask(decoder, prologue, node, mask, batch_of=node.inputs[INPUT]),) if mask else ()
+    return Site(
+        layer=-1,
+        family=FAMILY,
+        node=node.name,
+        query=Operand(query),
+        key=Operand(key),
+        value=Operand(value),
+        output=Operand(node.outputs[0], "BS(HD)"),
+        cache_inputs=(cache.input,),
+        cache_outputs=(cache.output,),
+        covered=cache.nodes | {node.index},
+        q_heads=heads,
+        kv_heads=heads,
+        k_head_size=head_size,
+        v_head_size=head_size,
+        element=element_name(decoder.graph.inputs[cache.input]),
+        scale=attention_scale(node, head_size),
+        mask=terms,
+        is_causal=bool(node.attr("unidirectional", 0)),
+        prologue=prologue.parts,
+    )
+
+
+def _head_size(decoder: DecoderGraph, node: Node, past: str, heads: int) -> int | None:
+    """Of queries, keys and values alike, as the packed cache needs."""
+    if len(set(node.attr("qkv_hidden_sizes", ()))) > 1:
+        raise MissError(f"{node.op}: qkv_hidden_sizes differ; expected the same, as one cache holds keys and values")
+    declared, weights = decoder.shapes.shape(past), decoder.shapes.shape(node.inputs[WEIGHTS])
+    size = declared[-1] if declared else None
+    if isinstance(size, int):
+        return size
+    width = weights[-1] if weights else None
+    return width // (3 * heads) if isinstance(width, int) else None

@@ -1,0 +1,244 @@
+"""Reads the nodes behind a tensor as a function of its indices, see `predicates`.
+
+Source: the ONNX operator specification.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from ...graph import BOOL, FLOATS, INTEGERS, Dim, Node
+from ...graph.symbolic.dims import divide
+from ...graph.symbolic.shape_rules import OPEN_END
+from ..caches import DecoderGraph
+from .operators import binary, constant_tensor, number, select, to_affine, to_cases, to_predicate
+from .predicates import (
+    Affine,
+    AtMostZero,
+    Cases,
+    Element,
+    Predicate,
+    SymbolicTensor,
+    UnreadableError,
+    affine,
+    as_predicate,
+    composed,
+    is_zero,
+    shifted,
+)
+
+MAX_DEPTH = 200
+MOVES = ("Reshape", "Unsqueeze", "Squeeze", "Flatten")
+
+
+class MaskReader:
+    """Reads tensors of one model as tensors; each is read once."""
+
+    def __init__(self, decoder: DecoderGraph) -> None:
+        self._decoder = decoder
+        self._tensors: dict[str, SymbolicTensor] = {}
+        self._depth = 0
+
+    def read(self, tensor: str) -> SymbolicTensor:
+        """The tensor as a function of its indices. Raises UnreadableError."""
+        if tensor not in self._tensors:
+            self._depth += 1
+            try:
+                if self._depth > MAX_DEPTH:
+                    raise UnreadableError("too deep")
+                self._tensors[tensor] = self._read(tensor)
+            finally:
+                self._depth -= 1
+        return self._tensors[tensor]
+
+    def predicate(self, tensor: str) -> Predicate:
+        """A boolean tensor."""
+        return to_predicate(self.read(tensor))
+
+    def cases(self, tensor: str) -> Cases:
+        """A float tensor."""
+        return to_cases(self.read(tensor))
+
+    def _read(self, tensor: str) -> SymbolicTensor:
+        shapes = self._decoder.shapes
+        value = shapes.value(tensor)
+        if value is not None and value.size == 1:
+            return constant_tensor(value.item(), shapes.element(tensor))
+        node = self._decoder.graph.producer(tensor)
+        if node is not None:
+            return self._rule(node)
+        if tensor not in self._decoder.graph.inputs:
+            raise UnreadableError(tensor)
+        return Element(tensor, tuple(affine(0, {axis: 1}) for axis in range(len(self._shape(tensor)))))
+
+    def _rule(self, node: Node) -> SymbolicTensor:
+        match node.op:
+            case "Identity":
+                return self.read(node.inputs[0])
+            case "Cast":
+                return self._cast(node)
+            case "Range":
+                return self._range(node)
+            case "ConstantOfShape":
+                return self._filled(node)
+            case "Reshape" | "Unsqueeze" | "Squeeze" | "Flatten":
+                return self._regrouped(node)
+            case "Expand":
+                return self._aligned(node, 0)
+            case "Slice":
+                return self._slice(node)
+            case "Trilu":
+                return self._trilu(node)
+            case "Concat":
+                return self._stacked(node)
+            case "Gather":
+                return self._gather(node)
+            case "GatherND":
+                return self._gather_nd(node)
+            case "ScatterND":
+                return self._scatter_nd(node)
+            case "Not":
+                return to_predicate(self.read(node.inputs[0])).negated()
+            case "Where":
+                return self._where(node)
+        if len(node.inputs) == 2:
+            return binary(node, self._aligned(node, 0), self._aligned(node, 1))
+        raise UnreadableError(str(node))
+
+    def _shape(self, tensor: str) -> Sequence[int | Dim]:
+        shape = self._decoder.shapes.shape(tensor)
+        if shape is None:
+            raise UnreadableError(tensor)
+        return shape
+
+    def _aligned(self, node: Node, index: int) -> SymbolicTensor:
+        """Input `index` of a broadcasting node as a function of the output's indices."""
+        before, after = self._shape(node.inputs[index]), self._shape(node.outputs[0])
+        lift = len(after) - len(before)
+        moved = {axis: affine(0, {axis + lift: 1}) for axis in range(len(before))}
+        moved |= {axis: Affine(0) for axis, size in enumerate(before) if size == 1 != after[axis + lift]}
+        return composed(self.read(node.inputs[index]), moved)
+
+    def _cast(self, node: Node) -> SymbolicTensor:
+        symbolic, to = self.read(node.inputs[0]), node.attr("to")
+        if to == BOOL:
+            return symbolic if isinstance(symbolic, Predicate) else as_predicate(to_cases(symbolic), is_zero).negated()
+        if to in FLOATS:
+            return to_cases(symbolic)
+        whole = self._decoder.shapes.element(node.inputs[0]) not in FLOATS
+        if to in INTEGERS and whole and isinstance(symbolic, (Affine, Element)):
+            return symbolic
+        raise UnreadableError(str(node))
+
+    def _range(self, node: Node) -> SymbolicTensor:
+        start, delta = self.read(node.inputs[0]), self.read(node.inputs[2])
+        if not isinstance(start, Affine) or not isinstance(delta, Affine) or start.steps or delta.steps:
+            raise UnreadableError(str(node))
+        return affine(start.const, {0: delta.const})
+
+    def _filled(self, node: Node) -> SymbolicTensor:
+        array = self._decoder.graph.constant_attribute(node, "value")
+        element = self._decoder.shapes.element(node.outputs[0])
+        return constant_tensor(0.0 if array is None else array.item(), element)
+
+    def _regrouped(self, node: Node) -> SymbolicTensor:
+        """Moves that, taken together with those right before, only add and remove axes of size 1."""
+        base = node
+        while (source := self._decoder.graph.producer(base.inputs[0])) is not None and source.op in MOVES:
+            base = source
+        before, after = self._shape(base.inputs[0]), self._shape(node.outputs[0])
+        old = [axis for axis, size in enumerate(before) if size != 1]
+        new = [axis for axis, size in enumerate(after) if size != 1]
+        if [before[axis] for axis in old] != [after[axis] for axis in new]:
+            raise UnreadableError(str(node))
+        return shifted(self.read(base.inputs[0]), dict(zip(old, new, strict=True)))
+
+    def _slice(self, node: Node) -> SymbolicTensor:
+        starts, ends, axes, steps = (
+            self._decoder.shapes.value(node.input(i)) if node.input(i) else None for i in range(1, 5)
+        )
+        if starts is None or ends is None or (steps is not None and any(step != 1 for step in steps.flat)):
+            raise UnreadableError(str(node))
+        sizes = self._shape(node.inputs[0])
+        rank = len(sizes)
+        places = range(len(starts)) if axes is None else [axis % rank for axis in axes.flat]
+        moved = {axis: affine(0, {axis: 1}) for axis in range(rank)}
+        for axis, start, end in zip(places, starts.flat, ends.flat, strict=True):
+            if not isinstance(start, int) or start < 0 or not _is_long(sizes[axis], end):
+                raise UnreadableError(str(node))
+            moved[axis] = affine(start, {axis: 1})
+        return composed(self.read(node.inputs[0]), moved)
+
+    def _trilu(self, node: Node) -> SymbolicTensor:
+        rank = len(self._shape(node.inputs[0]))
+        diagonal = self.read(node.input(1)) if node.input(1) else Affine(0)
+        if not isinstance(diagonal, Affine) or diagonal.steps:
+            raise UnreadableError(str(node))
+        below = affine(diagonal.const, {rank - 2: 1, rank - 1: -1})  # at most 0 on and above the diagonal
+        kept = AtMostZero(below if node.attr("upper", 1) else below.times(-1))
+        where = Predicate(frozenset({frozenset({kept})}))
+        symbolic = self.read(node.inputs[0])
+        if isinstance(symbolic, Predicate):
+            return symbolic.and_(where)
+        return select(where, to_cases(symbolic), number(0.0))
+
+    def _stacked(self, node: Node) -> SymbolicTensor:
+        """Index vectors: integer functions side by side along a last axis of size 1 each."""
+        if len(node.inputs) == 1:
+            return self.read(node.inputs[0])
+        rank = len(self._shape(node.outputs[0]))
+        parts = [self.read(name) for name in node.inputs]
+        sizes = {self._shape(name)[-1] for name in node.inputs}
+        if node.attr("axis", 0) not in (-1, rank - 1) or sizes != {1}:
+            raise UnreadableError(str(node))
+        return tuple(to_affine(part) for part in parts)
+
+    def _gather(self, node: Node) -> SymbolicTensor:
+        """Elements of a matrix seen as a column, at flat positions row * columns + column."""
+        flat = self._decoder.graph.producer(node.inputs[0])
+        position = self.read(node.inputs[1])
+        sizes = () if flat is None else self._shape(flat.inputs[0])
+        if flat is None or flat.op not in MOVES or node.attr("axis", 0) != 0 or len(sizes) != 2:
+            raise UnreadableError(str(node))
+        if self._shape(node.inputs[0])[1:] not in ((), (1,)) or not isinstance(position, Affine):
+            raise UnreadableError(str(node))
+        row, column = Affine(0), Affine(0)
+        for axis, step in (*position.steps, (None, position.const)):
+            whole = divide(step, sizes[1])
+            part = Affine(1) if axis is None else affine(0, {axis: 1})
+            row, column = (row.plus(part.times(whole)), column) if whole else (row, column.plus(part.times(step)))
+        return composed(self.read(flat.inputs[0]), {0: row, 1: column})
+
+    def _gather_nd(self, node: Node) -> SymbolicTensor:
+        index = self.read(node.inputs[1])
+        if not isinstance(index, tuple) or node.attr("batch_dims", 0) or len(index) != len(self._shape(node.inputs[0])):
+            raise UnreadableError(str(node))
+        return composed(self.read(node.inputs[0]), dict(enumerate(index)))
+
+    def _scatter_nd(self, node: Node) -> SymbolicTensor:
+        """Updates that take the place of everything: each element is written at its own index."""
+        index = self.read(node.inputs[1])
+        own = tuple(affine(0, {axis: 1}) for axis in range(len(self._shape(node.inputs[0]))))
+        sizes = self._shape(node.inputs[0])
+        if node.attr("reduction", "none") != "none" or not isinstance(index, tuple) or len(index) != len(own):
+            raise UnreadableError(str(node))
+        for axis, (part, expected) in enumerate(zip(index, own, strict=True)):
+            if part != expected and not (sizes[axis] == 1 and part in (Affine(0), expected)):
+                raise UnreadableError(str(node))
+        if list(self._shape(node.inputs[2])) != list(sizes):
+            raise UnreadableError(str(node))
+        return self.read(node.inputs[2])
+
+    def _where(self, node: Node) -> SymbolicTensor:
+        where = to_predicate(self._aligned(node, 0))
+        yes, no = self._aligned(node, 1), self._aligned(node, 2)
+        if isinstance(yes, Predicate) and isinstance(no, Predicate):
+            return where.and_(yes).or_(where.negated().and_(no))
+        return select(where, to_cases(yes), to_cases(no))
+
+
+def _is_long(size: int | Dim, end: int | Dim) -> bool:
+    """Whether a slice up to `end` can't leave one element, to be broadcast, of an axis that had more unnoticed."""
+    if isinstance(end, Dim):
+        return not any("{" in name for name in end.symbols)
+    return isinstance(size, int) or end >= OPEN_END

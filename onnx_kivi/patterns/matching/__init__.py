@@ -1,0 +1,1 @@
+"""The proof engine behind the families: from a softmax, or an operator, to what attention reads and gives."""

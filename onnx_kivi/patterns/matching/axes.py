@@ -1,0 +1,187 @@
+"""What the axes of queries, scores and results are: batch, kv heads, query heads per kv head, tokens, head size.
+
+Known by the cache that a product reads; followed through reshapes up to the product with the values, which must mean
+the same by each axis. Letters as in `site`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+
+from ...graph import Dim, Node, Shape
+from ...graph.symbolic.dims import divide
+from ..caches import DecoderGraph
+from ..site import SCORES, SIZE_1, MissError, joined
+from .cache_view import Atom, Axes, CacheView, regroup
+from .contraction import Contraction
+from .operands import Letters, cache_letters, lettered, order_error
+
+ORDER = "BKGST"
+UNCOUNTED = {"B", "S", "T", "D"}
+
+Axis = tuple[Atom, ...]
+
+
+def key_letters(product: Contraction, keys: CacheView) -> Letters:
+    """Letters of the key cache's axes, summed over the head size."""
+    places = product.right_labels.index
+    return cache_letters(keys, product.node, places(product.free), places(product.summed))
+
+
+def value_letters(product: Contraction, values: CacheView) -> Letters:
+    """Letters of the value cache's axes, summed over the tokens."""
+    places = product.right_labels.index
+    return cache_letters(values, product.node, places(product.summed), places(product.free))
+
+
+def query_and_scores(
+    decoder: DecoderGraph, product: Contraction, keys: CacheView, letters: Letters
+) -> tuple[Axes, Axes]:
+    """Axes of the query and of the scores. Raises MissError unless the scores lie in the order of `ORDER`."""
+    theirs = dict(zip(product.right_labels, lettered(keys, letters), strict=True))
+    sizes = dict(zip(product.left_labels, decoder.shapes.shape(product.left) or (), strict=True))
+    ours: dict[str, Axis] = {product.summed: (Atom("D", sizes[product.summed]),)}
+    rows: dict[str, int | Dim] = {}
+    for label in product.left_labels:
+        if label == product.summed:
+            continue
+        if theirs.get(label):
+            ours[label] = _shared(product.node, theirs[label], sizes[label])
+        elif sizes[label] == 1:
+            ours[label] = ()
+        else:
+            rows[label] = sizes[label]
+    new = decoder.shapes.shape(keys.cache.new)
+    ours |= _rows(product.node, rows, None if new is None else new[keys.cache.axis])
+    scores = tuple(theirs[label] if label == product.free else ours[label] for label in product.labels)
+    flat = [atom.axis for axis in scores for atom in axis]
+    if flat != [letter for letter in ORDER if letter in flat] or [atom.axis for atom in scores[-1]] != ["T"]:
+        raise order_error(keys, product.node)
+    return tuple(ours[label] for label in product.left_labels), scores
+
+
+def _shared(node: Node, axis: Axis, size: int | Dim) -> Axis:
+    """The key's axis, which the query's must match in size."""
+    expected = math.prod(atom.size for atom in axis)
+    counted = all(atom.axis not in UNCOUNTED for atom in axis)
+    if counted and not isinstance(expected, int):
+        raise MissError(f"{node}: the number of key heads it reads is not known")
+    if counted and not isinstance(size, int):
+        raise MissError(f"{node}: the number of query heads is not known")
+    if size != expected and isinstance(size, int) and isinstance(expected, int):
+        raise MissError(f"{node}: {size} query heads meet {expected} key heads; expected as many")
+    return axis
+
+
+def _rows(node: Node, rows: Mapping[str, int | Dim], new: int | Dim | None) -> dict[str, Axis]:
+    """Axes that only the query has: tokens, as many as are `new`, and query heads, or both on one axis."""
+    labels = list(rows)
+    equal = [label for label in labels if rows[label] == new]
+    open_ended = [label for label in labels if isinstance(rows[label], Dim)]
+    groups = {label: None if new is None else divide(rows[label], new) for label in labels}
+    folded = [label for label in labels if isinstance(groups[label], int)]
+    tokens = (equal or open_ended or ([] if new == 1 else folded or labels) or [""])[-1]
+    found: dict[str, Axis] = {}
+    for label, size in rows.items():
+        group = groups[label]
+        if label != tokens and not isinstance(size, int):
+            raise MissError(f"{node}: an axis of {size} that only the query has; expected query heads, a known number")
+        if label != tokens:
+            found[label] = (Atom("G", size),)
+        elif isinstance(group, int) and group > 1 and new is not None:
+            found[label] = (Atom("G", group), Atom("S", new))
+        else:
+            found[label] = (Atom("S", size),)
+    return found
+
+
+def followed(decoder: DecoderGraph, nodes: Iterable[Node], start: str, axes: Axes) -> dict[str, Axes]:
+    """Axes of every tensor that the nodes, in order, make of `start`. Raises MissError if one is not proven."""
+    known = {start: axes}
+    for node in nodes:
+        source = next((name for name in node.inputs if name in known), None)
+        if source is None:
+            continue
+        shape = decoder.shapes.shape(node.outputs[0])
+        if node.op == "Reshape":
+            if shape is None:
+                raise MissError(f"{node}: the shape it makes is not known")
+            known[node.outputs[0]] = regroup(node, known[source], shape)
+        elif shape is not None and len(shape) != len(known[source]):
+            raise MissError(f"{node}: {len(known[source])} axes become {len(shape)}; expected as many")
+        else:
+            known[node.outputs[0]] = known[source]
+    return known
+
+
+def check_sums_to_one(softmax: Node, logits: Axes) -> None:
+    """Raise MissError unless the last axis, over which the softmax runs, holds the tokens and nothing else."""
+    last = [atom.axis for atom in logits[-1]]
+    if last != ["T"]:
+        raise MissError(
+            f"{softmax}: softmax over the axes {''.join(map(str, last))} merged into one; expected T, alone"
+        )
+
+
+def result(product: Contraction, values: CacheView, letters: Letters, weights: Axes) -> Axes:
+    """Axes of weights times values. Raises MissError unless each head's weights meet its own values."""
+    theirs = dict(zip(product.right_labels, lettered(values, letters), strict=True))
+    ours = dict(zip(product.left_labels, weights, strict=True))
+    if [atom.axis for atom in ours[product.summed]] != ["T"]:
+        raise MissError(f"{product.node}: expected a sum over the tokens of the cache, got one over other axes")
+    for label, axis in ours.items():
+        met = theirs.get(label, ())
+        alone = not met and not any(atom.axis in ("B", "K") for atom in axis)
+        if label != product.summed and not alone and not _same(axis, met):
+            raise order_error(values, product.node)
+    return tuple(theirs[label] if label == product.free else ours[label] for label in product.labels)
+
+
+def _same(axis: Axis, met: Axis) -> bool:
+    sizes = zip(axis, met, strict=False)
+    return [a.axis for a in axis] == [b.axis for b in met] and all(a.size == b.size for a, b in sizes if a.axis == "G")
+
+
+def group_size(node: Node, scores: Axes) -> int:
+    """Query heads of each kv head."""
+    size = math.prod(atom.size for axis in scores for atom in axis if atom.axis == "G")
+    if not isinstance(size, int):
+        raise MissError(f"{node}: the number of key heads it reads is not known")
+    return size
+
+
+def spelled(node: Node, axes: Axes, last: str) -> str:
+    """The layout of axes that end, in the op's order, with the letter `last`."""
+    return _layout(node, _texts(axes), last)
+
+
+def spelled_term(node: Node, scores: Axes, shape: Shape) -> str:
+    """The layout of a mask term of this shape that is broadcast to scores with these axes."""
+    texts = _texts(scores)
+    wide = [math.prod(atom.size for atom in axis) for axis in scores]
+    out = []
+    for text, size, full in list(zip(texts[::-1], shape[::-1], wide[::-1], strict=False))[::-1]:
+        if text in ("K", "G") and size not in (1, full):
+            raise MissError(f"{node}: a mask axis of {size} where the scores have {full}; expected 1 or as many")
+        out.append("" if size == 1 and text not in SCORES else text)
+    return _layout(node, out, "T")
+
+
+def _texts(axes: Axes) -> list[str]:
+    """Letters of each axis; H where kv heads and their query heads are not on two axes."""
+    texts = ["".join(str(atom.axis) for atom in axis).replace("KG", "H") for axis in axes]
+    if {"K", "G"} <= {*"".join(texts)}:
+        return texts
+    return [text.replace("K", "H").replace("G", "H") for text in texts]
+
+
+def _layout(node: Node, texts: Sequence[str], last: str) -> str:
+    flat = "".join(texts)
+    missing = [letter for letter in f"BHS{last}" if letter not in flat and not (letter == "H" and {*"KG"} & {*flat})]
+    out = []
+    for text in texts:
+        if len(UNCOUNTED & {*text}) > 1:
+            raise MissError(f"{node}: axes {text} merged into one can't be told apart; expected them apart")
+        out.append(text or (missing.pop(0) if missing else SIZE_1))
+    return joined(out)

@@ -1,0 +1,81 @@
+"""From a Softmax on to the product with the values: NaN guards, the dropped column of the sinks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ...graph import Node
+from ..caches import DecoderGraph, is_float_cast
+from ..site import MissError
+from .contraction import PRODUCTS, Contraction, read_contraction
+
+
+@dataclass(frozen=True, slots=True)
+class Weights:
+    """The product of weights and values, and what happens between the softmax and it."""
+
+    product: Contraction
+    nan_to_zero: bool
+    nodes: tuple[Node, ...]
+
+
+def weights_after(decoder: DecoderGraph, weights: str, sink: str) -> Weights | None:
+    """Walk on from the softmax to the product with the values; None if it leads nowhere, MissError if it forks."""
+    graph, tensor, nodes, nan_to_zero, dropped = decoder.graph, weights, [], False, not sink
+    while True:
+        readers = list(graph.consumers(tensor))
+        guard = _nan_guard(decoder, tensor, readers)
+        if guard is not None:
+            nodes += guard
+            nan_to_zero, tensor = True, guard[-1].outputs[0]
+            continue
+        readers = [n for n in readers if n.op != "Shape"]
+        if not readers or tensor in graph.outputs:
+            return None
+        if len(readers) > 1:
+            raise MissError(f"attention weights {tensor!r} are read by {readers[0]} and by {readers[1]}")
+        (node,) = readers
+        nodes.append(node)
+        if node.op in PRODUCTS:
+            product = read_contraction(decoder, node)
+            if product is None:
+                others = [name for name in node.inputs if name != tensor]
+                raise MissError(f"{node}: expected the values of a cache, got {', '.join(map(repr, others))}")
+            if product.left != tensor or product.factor != 1.0:
+                return None
+            if not dropped:
+                raise MissError(f"{node}: the column of the sink logits is not dropped before the values")
+            return Weights(product, nan_to_zero, tuple(nodes))
+        if node.op in ("Identity", "Dropout", "Reshape") or is_float_cast(decoder.shapes, node):
+            tensor = node.outputs[0]
+        elif node.op == "Slice" and not dropped and _drops_last(decoder, node):
+            dropped, tensor = True, node.outputs[0]
+        else:
+            return None
+
+
+def _nan_guard(decoder: DecoderGraph, tensor: str, readers: list[Node]) -> list[Node] | None:
+    """The nodes (Cast,) IsNaN and Where of where(isnan(x), 0, x), if that is all that reads x."""
+    wheres = [n for n in readers if n.op == "Where"]
+    others = [n for n in readers if n.op != "Where"]
+    if len(wheres) != 1 or len(others) != 1:
+        return None
+    where, nodes = wheres[0], others
+    if is_float_cast(decoder.shapes, nodes[0]):
+        nodes = [*nodes, *decoder.graph.consumers(nodes[0].outputs[0])]
+    check = nodes[-1]
+    if len(nodes) > 2 or check.op != "IsNaN" or where.inputs[0] != check.outputs[0] or where.inputs[2] != tensor:
+        return None
+    if decoder.shapes.scalar(where.inputs[1]) != 0.0:
+        raise MissError(f"{where}: expected NaN to become 0")
+    return [*nodes, where]
+
+
+def _drops_last(decoder: DecoderGraph, node: Node) -> bool:
+    def values(i: int) -> list[object] | None:
+        value = decoder.shapes.value(node.input(i)) if node.input(i) else None
+        return None if value is None else list(value.flat)
+
+    rank = decoder.shapes.rank(node.inputs[0])
+    last = [[-1]] if rank is None else [[-1], [rank - 1]]
+    return values(1) == [0] and values(2) == [-1] and values(3) in last and values(4) in (None, [1])

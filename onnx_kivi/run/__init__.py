@@ -1,0 +1,1 @@
+"""Tokens in, logits out: sessions, stepping, generation. Knows no graph."""

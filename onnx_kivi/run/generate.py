@@ -1,0 +1,74 @@
+"""Generates tokens with a decoder: greedily, or by sampling with temperature and nucleus (top-p) truncation.
+
+Nucleus sampling: Holtzman et al. 2020, arXiv 1904.09751.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from ..errors import ConfigError
+from .stepper import Stepper
+
+
+def generate(
+    stepper: Stepper,
+    ids: Sequence[int] | npt.NDArray[np.int64],
+    *,
+    max_new_tokens: int = 64,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int | None = None,
+    stop_tokens: Sequence[int] = (),
+) -> Iterator[int]:
+    """Token ids that follow the prompt `ids` (1-D, at least one), each as soon as it is known.
+
+    temperature 0 is greedy. Stops after max_new_tokens, or at a stop token, which is not yielded. The last
+    token yielded is not in the cache yet: begin the next prompt with it. Raises ConfigError for options out of range,
+    before the first token.
+    """
+    prompt = np.asarray(ids, np.int64)
+    if prompt.ndim == 2 and prompt.shape[0] == 1:
+        prompt = prompt[0]
+    if prompt.ndim != 1 or prompt.size == 0:
+        raise ConfigError(f"ids: expected one prompt of at least one token, got shape {np.shape(ids)}")
+    if max_new_tokens < 0:
+        raise ConfigError(f"max_new_tokens: expected an integer >= 0, got {max_new_tokens}")
+    if not (np.isfinite(temperature) and temperature >= 0):
+        raise ConfigError(f"temperature: expected a number >= 0, got {temperature}")
+    if not 0 < top_p <= 1:
+        raise ConfigError(f"top_p: expected 0 < top_p <= 1, got {top_p}")
+    return _tokens(stepper, prompt, max_new_tokens, temperature, top_p, np.random.default_rng(seed), set(stop_tokens))
+
+
+def sample(logits: npt.NDArray[np.float32], temperature: float, top_p: float, random: np.random.Generator) -> int:
+    """One token id from logits (vocabulary,)."""
+    if temperature == 0:
+        return int(logits.argmax())
+    scaled = logits.astype(np.float64) / temperature
+    p = np.exp(scaled - scaled.max())
+    p /= p.sum()
+    order = np.argsort(-p, kind="stable")
+    kept = order[: int(np.searchsorted(np.cumsum(p[order]), top_p)) + 1]
+    return int(random.choice(kept, p=p[kept] / p[kept].sum()))
+
+
+def _tokens(
+    stepper: Stepper,
+    prompt: npt.NDArray[np.int64],
+    max_new_tokens: int,
+    temperature: float,
+    top_p: float,
+    random: np.random.Generator,
+    stop_tokens: set[int],
+) -> Iterator[int]:
+    new = prompt
+    for _ in range(max_new_tokens):
+        token = sample(stepper.step(new[None])[0, -1], temperature, top_p, random)
+        if token in stop_tokens:
+            return
+        yield token
+        new = np.array([token], np.int64)

@@ -1,0 +1,207 @@
+"""Session: an InferenceSession of a rewritten model that owns its caches and raises the op's real errors."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnxruntime as ort
+
+from ..errors import CacheError, UnsupportedModelError
+from ..paths import model_path
+from ..runtime.cache import Cache
+from ..runtime.hosts import choose, register, take_error
+from ..spec import HANDLE_INPUT, PAST_LENGTH_INPUT, STORED_TOKENS
+from .generate import generate
+from .stepper import ELEMENTS, Stepper
+
+ERROR = 3
+
+
+class NotRewrittenError(UnsupportedModelError):
+    """The model loads, but has no QuantizedKvSdpa nodes."""
+
+
+class Session:
+    """Runs a rewritten model. Every `run` appends to a cache: the session's own one, or the one given.
+
+    model: path of the file, of a folder that holds model.onnx, or the model's bytes. host: who serves the nodes,
+    `python` (onnxruntime-extensions), `native` (the compiled custom-op library) or `auto` (native where it is built).
+    backend: `native`, `numpy` or `auto`; the native host implies the native backend. Raises UnsupportedModelError for a
+    file that is missing, unreadable or not rewritten, BackendUnavailableError for a host or backend that isn't there.
+    """
+
+    def __init__(
+        self,
+        model: str | os.PathLike[str] | bytes,
+        sess_options: ort.SessionOptions | None = None,
+        providers: Sequence[Any] | None = None,
+        *,
+        host: str = "auto",
+        backend: str = "auto",
+    ) -> None:
+        options = sess_options if sess_options is not None else quiet_options()
+        self.host, self.backend = choose(host, backend)
+        register(options, host=self.host, backend=self.backend.name)
+        self._session = open_model(model, options, providers)
+        overridable = {i.name for i in self._session.get_overridable_initializers()}
+        if not {HANDLE_INPUT, PAST_LENGTH_INPUT} <= overridable:
+            raise NotRewrittenError(
+                f"{_name(model)}: expected a rewritten model, with inputs {HANDLE_INPUT} and {PAST_LENGTH_INPUT}, "
+                "got one without; run onnx-kivi rewrite on it first"
+            )
+        self._stored = [i for i in self._session.get_inputs() if STORED_TOKENS in i.shape]
+        self.cache = self.new_cache()
+
+    def new_cache(self) -> Cache:
+        """An empty cache for this model; close it, or let it go out of scope, to free it."""
+        return Cache(self.backend, self.backend.new_cache())
+
+    def load_cache(self, path: str | os.PathLike[str]) -> Cache:
+        """A cache from a file that Cache.save wrote. A file of another model is refused when it is first run."""
+        return Cache.load(path, self.backend)
+
+    def run(
+        self,
+        output_names: Sequence[str] | None,
+        input_feed: Mapping[str, Any],
+        run_options: ort.RunOptions | None = None,
+        *,
+        cache: Cache | None = None,
+    ) -> list[Any]:
+        """As InferenceSession.run; the new tokens are appended to `cache` (default: this session's own).
+
+        Feeding past_length = n first drops what lies beyond n tokens. An encoder's keys and values that the model
+        stores (`rewrite --cross`) are fed once, and again when there are others; a run without them attends to those
+        held. Raises CacheError (or another KiviError) for whatever the op refused, after which the cache is as it was
+        before the run.
+        """
+        cache = self.cache if cache is None else cache
+        if not cache.run_lock.acquire(blocking=False):
+            raise CacheError("run: expected a cache that no other run uses, got one in use; give each thread its own")
+        try:
+            feeds = {**input_feed, **self._held(input_feed, cache)}
+            feeds[HANDLE_INPUT] = np.array([cache.handle], np.int64)
+            results, failure = None, None
+            try:
+                results = self._session.run(output_names, feeds, run_options)
+            except Exception as error:
+                failure = error
+            if (refusal := take_error(self.host, cache.handle, failure)) is not None:
+                raise refusal from failure
+            if failure is not None:
+                raise failure
+            return list(results or ())
+        finally:
+            cache.run_lock.release()
+
+    def generate(
+        self,
+        ids: Sequence[int] | npt.NDArray[np.int64],
+        *,
+        max_new_tokens: int = 64,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        seed: int | None = None,
+        stop_tokens: Sequence[int] = (),
+        cache: Cache | None = None,
+        inputs: Mapping[str, npt.NDArray[Any]] | None = None,
+    ) -> Iterator[int]:
+        """Generate after the prompt `ids`, one token id at a time, greedily or by sampling (temperature > 0).
+
+        inputs: what the model takes beside tokens, by input name: an encoder's keys, values and mask. Starts a new
+        conversation on a fresh cache, unless `cache` is given, which is then continued. Stops after
+        max_new_tokens or at (and without) a stop token. Raises ConfigError for options out of range.
+        """
+        return generate(
+            Stepper(self, self.new_cache() if cache is None else cache, given=inputs or {}),
+            ids,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_p=top_p,
+            seed=seed,
+            stop_tokens=stop_tokens,
+        )
+
+    def _held(self, feeds: Mapping[str, Any], cache: Cache) -> dict[str, npt.NDArray[Any]]:
+        """Arrays of no tokens for the inputs that slots store, if none of them is fed. Raises CacheError."""
+        absent = [i for i in self._stored if i.name not in feeds]
+        if not absent:
+            return {}
+        if len(absent) < len(self._stored):
+            raise CacheError(
+                f"run: {absent[0].name}: expected all of an encoder's keys and values, or none, got "
+                f"{len(self._stored) - len(absent)} of {len(self._stored)}"
+            )
+        if cache.nbytes == 0:
+            raise CacheError(
+                f"run: {absent[0].name}: expected an encoder's keys or values, as the cache holds none, got nothing; "
+                "feed them in the first run"
+            )
+        return {i.name: np.zeros([self._size(i, size, feeds) for size in i.shape], ELEMENTS[i.type]) for i in absent}
+
+    def _size(self, stored: ort.NodeArg, size: int | str | None, feeds: Mapping[str, Any]) -> int:
+        """The size of an axis of an input that stores nothing: 0 tokens, and others as what is fed has them."""
+        if isinstance(size, int) or size == STORED_TOKENS:
+            return size if isinstance(size, int) else 0
+        for i in self._session.get_inputs():
+            if i.name in feeds and size is not None and size in i.shape:
+                return int(np.shape(feeds[i.name])[i.shape.index(size)])
+        raise CacheError(
+            f"run: {stored.name}: expected a shape that the other inputs tell, got {stored.shape}; feed an array of "
+            "0 tokens"
+        )
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or name in ("_session", "_stored"):
+            raise AttributeError(name)
+        return getattr(self._session, name)
+
+
+def quiet_options() -> ort.SessionOptions:
+    """Session options that log errors only: onnxruntime warns of every graph input that has a default."""
+    options = ort.SessionOptions()
+    options.log_severity_level = ERROR
+    return options
+
+
+def taking_turns() -> ort.SessionOptions:
+    """Options of sessions that are timed in turns: their threads stop spinning when a run ends, and leave the cores."""
+    options = quiet_options()
+    options.add_session_config_entry("session.force_spinning_stop", "1")
+    return options
+
+
+def open_model(
+    model: str | os.PathLike[str] | bytes,
+    options: ort.SessionOptions | None = None,
+    providers: Sequence[Any] | None = None,
+) -> ort.InferenceSession:
+    """An onnxruntime session of any model. Raises UnsupportedModelError if the file is missing or can't be loaded."""
+    where = _name(model)
+    if not isinstance(model, bytes) and not model_path(model).is_file():
+        raise UnsupportedModelError(f"{where}: expected an ONNX file, got nothing there; check the path")
+    source = model if isinstance(model, bytes) else where
+    try:
+        return ort.InferenceSession(source, options or quiet_options(), providers or ["CPUExecutionProvider"])
+    except Exception as error:
+        reason = " ".join(str(error).split())
+        raise UnsupportedModelError(
+            f"{where}: expected a model that onnxruntime {ort.__version__} loads, got: {reason}"
+        ) from error
+
+
+def open_stepper(model: str | os.PathLike[str]) -> Stepper:
+    """A Stepper of a rewritten model, on a cache of its own, or of any other model, carrying its cache."""
+    try:
+        session = Session(model)
+    except NotRewrittenError:
+        return Stepper(open_model(model))
+    return Stepper(session, session.new_cache())
+
+
+def _name(model: str | os.PathLike[str] | bytes) -> str:
+    return "model" if isinstance(model, bytes) else str(model_path(model))

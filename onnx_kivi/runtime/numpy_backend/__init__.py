@@ -1,0 +1,1 @@
+"""The normative backend, in plain NumPy: quantization, attention, rows, steps, store."""

@@ -1,5 +1,5 @@
 // One ISA level: compiled once per level, with KIVI_ISA its name.
-#include "attend.hpp"
+#include "tasks.hpp"
 #include "encode.hpp"
 
 #define KIVI_QUOTE(name) #name

@@ -21,8 +21,7 @@ public:
         : api_(api), context_(context), threads_(threads) {}
     int threads() const override { return threads_; }
     void run(std::size_t count, void (*task)(void*, std::size_t), void* context) override {
-        OrtStatus* status =
-            call<KernelContext_ParallelFor>(api_, context_, task, count, std::size_t{0}, context);
+        OrtStatus* status = call<KernelContext_ParallelFor>(api_, context_, task, count, std::size_t{0}, context);
         if (status == nullptr) return;
         const std::string message = call<GetErrorMessage>(api_, status);
         call<ReleaseStatus>(api_, status);
@@ -114,7 +113,6 @@ private:
     int64_t default_handle_ = DEFAULT_HANDLE;
 };
 
-
 // Memory for the f32 forms of float16 tensors, kept for the next call of this thread.
 float* converted(std::size_t which, int64_t count) {
     thread_local std::array<AlignedBuffer, 6> buffers;
@@ -139,7 +137,8 @@ public:
     }
 
     void compute(OrtKernelContext* context) const {
-        Call call{tensor(context, 0), tensor(context, 1), tensor(context, 2), tensor(context, 3), tensor(context, 4), {}};
+        Call call{tensor(context, 0), tensor(context, 1), tensor(context, 2),
+                  tensor(context, 3), tensor(context, 4), {}};
         const TensorView step = input(api, context, 5);
         if (step.shape != std::vector<int64_t>{1}) {
             throw_cache_error("QuantizedKvSdpa, slot " + std::to_string(attributes_.slot) +

@@ -53,8 +53,8 @@ std::pair<nb::object, SideState> make_side(const SlotLayout& layout, bool dense,
 }
 
 nb::tuple export_row(const SlotLayout& layout, const Row& row) {
-    const auto [sink_key, sink_value] = export_tokens(
-        layout, row.sink_tokens(layout), [&](const TokensState& to) { export_sinks(layout, row, to); });
+    const auto [sink_key, sink_value] =
+        export_tokens(layout, row.sink_tokens(layout), [&](const TokensState& to) { export_sinks(layout, row, to); });
     nb::list blocks;
     for (int64_t i = 0; i < row.sealed_blocks(); ++i) {
         const Block& block = row.block(i);

@@ -14,9 +14,7 @@ namespace {
 std::string text(int64_t value) { return std::to_string(value); }
 std::string text(const std::string& value) { return value; }
 
-std::string model_text(const StepAttributes& step) {
-    return step.model_id + " (" + text(step.layers) + " nodes)";
-}
+std::string model_text(const StepAttributes& step) { return step.model_id + " (" + text(step.layers) + " nodes)"; }
 
 }  // namespace
 
@@ -81,8 +79,9 @@ Cache::Step& Cache::current_step(int64_t ticket) {
         refuse("expected " + text(state_.step->layers) +
                " nodes to take this step's ticket, got one more; rewrite the original model again");
     }
-    refuse("expected the ticket of its open step, got a stale one: another run on this handle started, or the cache "
-           "was changed, during this run; give each of the runs its own cache");
+    refuse(
+        "expected the ticket of its open step, got a stale one: another run on this handle started, or the cache "
+        "was changed, during this run; give each of the runs its own cache");
 }
 
 void Cache::attend(int64_t ticket, const SdpaAttributes& attributes, const Call& call, Scheduler& scheduler) {
@@ -108,8 +107,8 @@ const Slot* Cache::find_slot(const SdpaAttributes& attributes) const {
             const std::string& before = expected[got.size()];
             got.push_back(text(value));
             if (got.back() != before) {
-                refuse_slot(attributes.slot, std::string(name) + ": expected " + before + ", with which it was made, got " +
-                                                 got.back() + "; use a new cache");
+                refuse_slot(attributes.slot, std::string(name) + ": expected " + before +
+                                                 ", with which it was made, got " + got.back() + "; use a new cache");
             }
         });
     }
@@ -147,8 +146,8 @@ Dims Cache::check_call(const Step& step, const SdpaAttributes& attributes, const
         check_shape(where, sdpa_tensors()[i], inputs[i]->shape, dims);
     }
     if (dims[HKV] == 0 || dims[HQ] % dims[HKV] != 0) {
-        throw_cache_error(where + ": query: expected a multiple of the " + text(dims[HKV]) +
-                          " key/value heads, got " + text(dims[HQ]) + " heads");
+        throw_cache_error(where + ": query: expected a multiple of the " + text(dims[HKV]) + " key/value heads, got " +
+                          text(dims[HQ]) + " heads");
     }
     return dims;
 }
@@ -200,8 +199,8 @@ void Cache::commit(Step& step) {
         if (slot.attributes.row.is_cross()) continue;
         for (const Row& row : slot.rows) {
             if (row.tokens() != length) {
-                refuse_slot(index, "expected " + text(length) + " tokens at the end of the step, got " +
-                                       text(row.tokens()));
+                refuse_slot(index,
+                            "expected " + text(length) + " tokens at the end of the step, got " + text(row.tokens()));
             }
         }
     }
@@ -229,8 +228,7 @@ void Cache::crop_rows(int64_t length) {
 void Cache::crop(int64_t length) {
     const auto guard = lock();
     if (length < 0 || length > state_.length) {
-        refuse("crop: expected a length of 0 to " + text(state_.length) + ", the tokens it holds, got " +
-               text(length));
+        refuse("crop: expected a length of 0 to " + text(state_.length) + ", the tokens it holds, got " + text(length));
     }
     end_step();
     crop_rows(length);
@@ -254,8 +252,9 @@ void Cache::reorder(const std::vector<int64_t>& index) {
     if (index.empty() || !known) {
         std::string list;
         for (const int64_t i : index) list += (list.empty() ? "" : ", ") + text(i);
-        refuse(rows > 0 ? "reorder: expected one or more row numbers from 0 to " + text(rows - 1) + ", got [" + list + "]"
-                        : "reorder: expected a cache that holds tokens, got an empty one");
+        refuse(rows > 0
+                   ? "reorder: expected one or more row numbers from 0 to " + text(rows - 1) + ", got [" + list + "]"
+                   : "reorder: expected a cache that holds tokens, got an empty one");
     }
     end_step();
     for (auto& [number, slot] : state_.slots) {

@@ -1,232 +1,173 @@
-"""The only definition of the ops `onnx_kivi::KvCacheStep` and `onnx_kivi::QuantizedKvSdpa`.
+"""The only definition of the ops of domain `onnx_kivi`, and of what a cache holds.
 
-Node construction, the host's declaration, validation, the tests' shapes and the README's op table
-are all derived from the tables below. Dimension letters: B batch, Hq query heads, Hkv key/value
-heads (Hq % Hkv == 0), S new tokens, N tokens given to append (S, or 0 to attend only), P past
-tokens, T = P + N, Dk key head size, Dv value head size. S and N may be 0; B, Hq, Hkv, Dk and Dv are 1 to MAX_SIZE.
+Node construction, the hosts' declarations, validation, the state and its files, the tests' shapes and the table of the
+ops are all derived from the tables below. Dimension letters: B batch, R rows (B, or 1 for all alike), Hq query heads,
+Hkv key/value heads (Hq % Hkv == 0), S new tokens, N tokens given to append (S, or 0 to attend only), P past tokens,
+T = P + N, Dk key head size, Dv value head size. S and N may be 0; B, Hq, Hkv, Dk and Dv are 1 to MAX_SIZE. Of ghost
+I/O: G heads, L tokens and C channels as the host feeds them.
+
+Version 1 is frozen: its models and files stay readable, bit for bit. Version 2 is a draft until it is released; what it
+specifies and this package does not serve yet is refused by name. A node and a file carry the lowest version that can
+say what they hold.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import math
-import re
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
-from typing import Any, Literal, Self
+from dataclasses import dataclass
 
-from .errors import CacheError, ConfigError, SpecMismatchError
+from .errors import ConfigError
+from .spec_types import MAX_SIZE, VERSIONS, NodeAttributes, OpSpec, TensorSpec, attribute, between, one_of
 
 DOMAIN = "onnx_kivi"
 OPSET_VERSION = 1
-SPEC_VERSION = 1
 MIN_IR_VERSION = 8
 
 HANDLE_INPUT = "cache_handle"
 PAST_LENGTH_INPUT = "past_length"
+NEW_LENGTH_INPUT = "new_length"
 STORED_TOKENS = "tokens_to_store"
 DEFAULT_HANDLE = 0
 COMMITTED_LENGTH = -1
+ALL_NEW = -1
 NO_STEP = -1
 
 SELF = "self"
 CROSS = "cross"
+LATENT = "latent"
 
 DENSE_BITS = 32
 BITS = (2, 4, 8, DENSE_BITS)
 MAX_BLOCK_TOKENS = 1024
-MAX_LAYERS = MAX_SLOT = MAX_SINK_LENGTH = MAX_SIZE = 1 << 16
+MAX_LAYERS = MAX_SLOT = MAX_SINK_LENGTH = MAX_SIZE
 MAX_RESIDUAL_LENGTH = MAX_V_GROUP_SIZE = 1 << 20
-MAX_WINDOW = 1 << 40
+MAX_WINDOW = MAX_KV_BYTES = 1 << 40
 
-Wire = Literal["int", "string"]
-Element = Literal["float", "int64"]
+AFFINE = "affine"
+K_SCHEMES = (
+    AFFINE,
+    *(f"digits:{average}{token}" for average in ("2", "2.25", "2.5", "3") for token in ("", "+token")),
+    "affine+token",
+    "affine+token+rotated",
+)
+V_SCHEMES = (AFFINE, "symmetric+rotated")
+FLOAT32, FLOAT16 = "float32", "float16"
 
 
 @dataclass(frozen=True, slots=True)
-class TensorSpec:
-    """One input or output. `shape` holds a letter per dimension; an `optional` one may have size 0 for "none"."""
+class SegmentSpec:
+    """One kind of piece that a row of a slot is made of."""
 
-    name: str
-    element: Element
-    shape: tuple[str, ...]
+    tag: str
     meaning: str
-    optional: bool = False
-    broadcast: bool = False
+    built: bool = True
 
 
-@dataclass(frozen=True, slots=True)
-class AttributeSpec:
-    """One attribute, with the type it has in the node proto (`wire`) and its default as written there."""
-
-    name: str
-    wire: Wire
-    default: int | str | None
-    meaning: str
-
-
-@dataclass(frozen=True, slots=True)
-class OpSpec:
-    """Signature of one op of the domain."""
-
-    name: str
-    doc: str
-    inputs: tuple[TensorSpec, ...]
-    outputs: tuple[TensorSpec, ...]
-    attributes: tuple[AttributeSpec, ...]
-
-
-def _attribute(meaning: str, default: Any = dataclasses.MISSING) -> Any:
-    return field(default=default, metadata={"meaning": meaning})
-
-
-class _NodeAttributes:
-    """Typed attributes of one op; floats travel as decimal strings, because a float attribute reaches a
-    Python op of onnxruntime-extensions as text of 6 digits."""
-
-    __slots__ = ()
-
-    @classmethod
-    def specs(cls) -> tuple[AttributeSpec, ...]:
-        rows = []
-        for f in dataclasses.fields(cls):  # type: ignore[arg-type]
-            wire: Wire = "int" if f.type == "int" else "string"
-            default = None if f.default is dataclasses.MISSING else _to_wire(f.default)
-            rows.append(AttributeSpec(f.name, wire, default, f.metadata["meaning"]))
-        return tuple(rows)
-
-    def to_wire(self) -> dict[str, int | str]:
-        """Attribute values as a node carries them."""
-        return {spec.name: _to_wire(getattr(self, spec.name)) for spec in self.specs()}
-
-    @classmethod
-    def from_wire(cls, values: Mapping[str, int | str | bytes]) -> Self:
-        """Parse and validate a node's attributes (missing ones take their default).
-
-        An int may also be given as its decimal digits, because that is how it reaches a Python op. Raises
-        SpecMismatchError for another spec version, ConfigError for anything else.
-        """
-        version = _from_wire("spec_version", "int", values.get("spec_version", SPEC_VERSION))
-        if version != SPEC_VERSION:
-            raise SpecMismatchError(
-                f"spec_version: expected {SPEC_VERSION}, got {version}; "
-                "rewrite the original model with this version of onnx_kivi"
-            )
-        names = [f.name for f in dataclasses.fields(cls)]  # type: ignore[arg-type]
-        for name in values:
-            if name not in names:
-                raise ConfigError(f"attribute {name}: expected one of {', '.join(names)}, got an unknown one")
-        parsed: dict[str, Any] = {}
-        for f in dataclasses.fields(cls):  # type: ignore[arg-type]
-            if f.name in values:
-                parsed[f.name] = _from_wire(f.name, str(f.type), values[f.name])
-            elif f.default is dataclasses.MISSING:
-                raise ConfigError(f"attribute {f.name}: missing; rewrite the original model again")
-        return cls(**parsed)
-
-
-def _to_wire(value: int | float | str) -> int | str:
-    return repr(value) if isinstance(value, float) else value
-
-
-_INTEGER = re.compile(r"-?[0-9]{1,18}")
-_DECIMAL = re.compile(r"-?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)?")
-_WIRE_NAMES = {"int": "int", "float": "float", "str": "string"}
-
-
-def _from_wire(name: str, kind: str, value: object) -> Any:
-    text = value.decode(errors="surrogateescape") if isinstance(value, bytes) else value
-    if kind == "int" and isinstance(text, int) and not isinstance(text, bool):
-        return text
-    if kind == "int" and isinstance(text, str) and _INTEGER.fullmatch(text):
-        return int(text)
-    if kind == "float" and isinstance(text, str) and _DECIMAL.fullmatch(text) and _is_near_a_double(text):
-        return float(text)
-    if kind == "str" and isinstance(text, str):
-        return text
-    raise ConfigError(f"attribute {name}: expected {_WIRE_NAMES[kind]}, got {text!r}")
-
-
-def _is_near_a_double(decimal: str) -> bool:
-    """Neither beyond the largest one, nor another number than 0 that rounds to it."""
-    digits = re.split("[eE]", decimal)[0].strip("-0.")
-    return math.isfinite(float(decimal)) and (float(decimal) != 0 or not digits)
+SINKS, FREED, SEALED, DENSE = "sinks", "freed", "sealed", "dense"
+SEGMENTS = (
+    SegmentSpec(SINKS, "the first tokens, as given; at most sink_length, never freed"),
+    SegmentSpec(FREED, "tokens that no query can see any more: only their number is kept"),
+    SegmentSpec(
+        SEALED,
+        "one block of block_tokens tokens, each side in codes of its scheme or, where these can't say it, as given",
+    ),
+    SegmentSpec(DENSE, "the last tokens, as given, float32"),
+    SegmentSpec(f"{DENSE} {FLOAT16}", "the last tokens, rounded to float16", built=False),
+    SegmentSpec(LATENT, "one block of compressed states, in codes per channel", built=False),
+)
+"""A row is a sequence of these, in this order: sinks, freed at most once, any number of sealed, dense at most once."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class StepAttributes(_NodeAttributes):
-    """Attributes of KvCacheStep."""
+class StepAttributes(NodeAttributes):
+    """Attributes of KvCacheStep and KvCacheStepV2."""
 
-    model_id: str = _attribute("identity of the rewritten model; a handle belongs to the first one that uses it")
-    layers: int = _attribute("how many QuantizedKvSdpa nodes take this step's ticket; the last one commits")
-    spec_version: int = _attribute("version of this table", SPEC_VERSION)
+    model_id: str = attribute("identity of the rewritten model; a handle belongs to the first one that uses it")
+    layers: int = attribute("how many attention nodes take this step's ticket; the last one commits")
+    one_length: str = attribute(
+        "why the rows of a run must hold equally many tokens; empty = they need not", "", since=2
+    )
+    spec_version: int = attribute("version of this table", VERSIONS[0])
 
     def __post_init__(self) -> None:
+        self.check_version()
         if not self.model_id:
             raise ConfigError("model_id: expected a non-empty string, got ''")
         if not (self.model_id.isascii() and self.model_id.isprintable()):
             raise ConfigError("model_id: expected printable ASCII characters, got others")
-        _between("layers", self.layers, 1, MAX_LAYERS)
+        between("layers", self.layers, 1, MAX_LAYERS)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class SdpaAttributes(_NodeAttributes):
-    """Attributes of QuantizedKvSdpa."""
+class SdpaAttributes(NodeAttributes):
+    """Attributes of QuantizedKvSdpa and QuantizedKvSdpaV2."""
 
-    slot: int = _attribute("which cache of the model this node reads and appends to")
-    kind: str = _attribute("`self`: grows with each step; `cross`: filled once, never cropped", SELF)
-    k_bits: int = _attribute("bits of a sealed key code: 2, 4, 8; 32 keeps keys in f32", 8)
-    v_bits: int = _attribute("bits of a sealed value code: 2, 4, 8; 32 keeps values in f32", 8)
-    block_tokens: int = _attribute("tokens sealed at once, and the tokens that share a key channel's parameters", 64)
-    v_group_size: int = _attribute("channels of a token that share value parameters; 0 = the whole row", 64)
-    residual_length: int = _attribute("most recent tokens that stay f32", 128)
-    sink_length: int = _attribute("first tokens that stay f32 for good", 4)
-    scale: float = _attribute("multiplies the scores (decimal string)", 1.0)
-    softcap: float = _attribute("scores become softcap * tanh(scores / softcap); 0 = none (decimal string)", 0.0)
-    is_causal: int = _attribute("1: query i sees keys j <= P + i only", 0)
-    window: int = _attribute("query i sees keys P + i - window < j <= P + i only; 0 = no window", 0)
-    nan_to_zero: int = _attribute("1: a softmax row that is NaN (all -inf) becomes zeros", 0)
-    spec_version: int = _attribute("version of this table", SPEC_VERSION)
+    slot: int = attribute("which cache of the model this node reads and appends to")
+    kind: str = attribute(
+        "`self`: grows with each step; `cross`: filled once, never cropped; `latent`: not built", SELF
+    )
+    k_bits: int = attribute("bits of a sealed key code: 2, 4, 8; 32 keeps keys in f32", 8)
+    v_bits: int = attribute("bits of a sealed value code: 2, 4, 8; 32 keeps values in f32", 8)
+    block_tokens: int = attribute("tokens sealed at once, and the tokens that share a key channel's parameters", 64)
+    v_group_size: int = attribute("channels of a token that share value parameters; 0 = the whole row", 64)
+    residual_length: int = attribute("most recent tokens that stay f32", 128)
+    sink_length: int = attribute("first tokens that stay f32 for good", 4)
+    scale: float = attribute("multiplies the scores (decimal string)", 1.0)
+    softcap: float = attribute("scores become softcap * tanh(scores / softcap); 0 = none (decimal string)", 0.0)
+    is_causal: int = attribute("1: query i sees keys j <= P + i only", 0)
+    window: int = attribute("query i sees keys P + i - window < j <= P + i only; 0 = no window", 0)
+    nan_to_zero: int = attribute("1: a softmax row that is NaN (all -inf) becomes zeros", 0)
+    window_sinks: int = attribute("first tokens that a query sees beside its window", 0, since=2)
+    k_scheme: str = attribute("how key codes are made: `affine` (per channel of a block)", AFFINE, since=2)
+    v_scheme: str = attribute("how value codes are made: `affine` (per token and group)", AFFINE, since=2)
+    dense_element: str = attribute("type of what stays as given: `float32`", FLOAT32, since=2)
+    spec_version: int = attribute("version of this table", VERSIONS[0])
 
     def __post_init__(self) -> None:
-        _between("slot", self.slot, 0, MAX_SLOT)
+        self.check_version()
+        between("slot", self.slot, 0, MAX_SLOT)
         check_store_options(
             self.k_bits, self.v_bits, self.block_tokens, self.v_group_size, self.residual_length, self.sink_length
         )
-        _one_of("kind", self.kind, (SELF, CROSS))
-        _one_of("is_causal", self.is_causal, (0, 1))
-        _one_of("nan_to_zero", self.nan_to_zero, (0, 1))
-        _between("window", self.window, 0, MAX_WINDOW)
+        one_of("kind", self.kind, (SELF, CROSS), (LATENT,))
+        one_of("is_causal", self.is_causal, (0, 1))
+        one_of("nan_to_zero", self.nan_to_zero, (0, 1))
+        between("window", self.window, 0, MAX_WINDOW)
+        between("window_sinks", self.window_sinks, 0, MAX_SINK_LENGTH)
+        if self.window_sinks > self.sink_length or (self.window_sinks and not self.window):
+            raise ConfigError(
+                f"window_sinks: expected at most sink_length, {self.sink_length}, and a window, got "
+                f"{self.window_sinks} and window {self.window}"
+            )
+        one_of("k_scheme", self.k_scheme, (AFFINE,), K_SCHEMES)
+        one_of("v_scheme", self.v_scheme, (AFFINE,), V_SCHEMES)
+        one_of("dense_element", self.dense_element, (FLOAT32,), (FLOAT16,))
         if not math.isfinite(self.scale):
             raise ConfigError(f"scale: expected a finite number, got {self.scale:g}")
         if not (math.isfinite(self.softcap) and self.softcap >= 0):
             raise ConfigError(f"softcap: expected a finite number >= 0, got {self.softcap:g}")
+
+    @property
+    def op(self) -> OpSpec:
+        """The op of a node with these attributes."""
+        return QUANTIZED_KV_SDPA if self.spec_version == 1 else QUANTIZED_KV_SDPA_V2
 
 
 def check_store_options(
     k_bits: int, v_bits: int, block_tokens: int, v_group_size: int, residual_length: int, sink_length: int
 ) -> None:
     """Raise ConfigError unless the quantization options are ones that the op knows."""
-    _one_of("k_bits", k_bits, BITS)
-    _one_of("v_bits", v_bits, BITS)
-    _between("block_tokens", block_tokens, 1, MAX_BLOCK_TOKENS)
-    _between("v_group_size", v_group_size, 0, MAX_V_GROUP_SIZE)
-    _between("residual_length", residual_length, 0, MAX_RESIDUAL_LENGTH)
-    _between("sink_length", sink_length, 0, MAX_SINK_LENGTH)
-
-
-def _between(name: str, value: int, least: int, most: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
-        raise ConfigError(f"{name}: expected an integer from {least} to {most}, got {value!r}")
-
-
-def _one_of(name: str, value: object, allowed: tuple[object, ...]) -> None:
-    if isinstance(value, bool) or value not in allowed:
-        raise ConfigError(f"{name}: expected one of {', '.join(map(str, allowed))}, got {value!r}")
+    one_of("k_bits", k_bits, BITS)
+    one_of("v_bits", v_bits, BITS)
+    between("block_tokens", block_tokens, 1, MAX_BLOCK_TOKENS)
+    between("v_group_size", v_group_size, 0, MAX_V_GROUP_SIZE)
+    between("residual_length", residual_length, 0, MAX_RESIDUAL_LENGTH)
+    between("sink_length", sink_length, 0, MAX_SINK_LENGTH)
 
 
 KV_CACHE_STEP = OpSpec(
     name="KvCacheStep",
+    version=1,
     doc="Opens a step on a cache: drops what lies beyond past_length and hands out the ticket that every "
     "QuantizedKvSdpa of the model takes.",
     inputs=(
@@ -237,11 +178,12 @@ KV_CACHE_STEP = OpSpec(
         TensorSpec("past_length", "int64", ("1",), "P, the tokens that attention will see before the new ones"),
         TensorSpec("step", "int64", ("1",), "the ticket; -1 when the step could not be opened"),
     ),
-    attributes=StepAttributes.specs(),
+    attributes=StepAttributes.specs(1),
 )
 
 QUANTIZED_KV_SDPA = OpSpec(
     name="QuantizedKvSdpa",
+    version=1,
     doc="Attends the new queries to the cache and the new tokens, then appends the new tokens, then seals full blocks.",
     inputs=(
         TensorSpec("query", "float", ("B", "Hq", "S", "Dk"), "queries, as the original attention consumed them"),
@@ -267,50 +209,104 @@ QUANTIZED_KV_SDPA = OpSpec(
         TensorSpec("step", "int64", ("1",), "the ticket of this run"),
     ),
     outputs=(TensorSpec("output", "float", ("B", "Hq", "S", "Dv"), "softmax(scores) @ values"),),
-    attributes=SdpaAttributes.specs(),
+    attributes=SdpaAttributes.specs(1),
 )
 
-OPS = (KV_CACHE_STEP, QUANTIZED_KV_SDPA)
-COUNTED = ("B", "Hq", "Hkv", "Dk", "Dv")
+KV_CACHE_STEP_V2 = OpSpec(
+    name="KvCacheStepV2",
+    version=2,
+    doc="Opens a step over rows that may lie in caches of their own and hold different numbers of tokens: a left-padded"
+    " batch whose padding is not stored. Row b's new tokens are the last new_length of the S, and its mask is the last "
+    "past_length + new_length columns.",
+    inputs=(
+        TensorSpec(HANDLE_INPUT, "int64", ("R",), "which cache; one for each row, or one that holds all rows"),
+        TensorSpec(
+            PAST_LENGTH_INPUT, "int64", ("R",), "tokens to keep, for each row or for all; -1 = the committed length"
+        ),
+        TensorSpec(NEW_LENGTH_INPUT, "int64", ("R",), "new tokens, for each row or for all; -1 = all S"),
+    ),
+    outputs=(
+        TensorSpec("past_length", "int64", ("1",), "P, the most tokens of any row"),
+        TensorSpec("row_past_length", "int64", ("B",), "the tokens of each row, (1) where the cache is empty"),
+        TensorSpec("step", "int64", ("1",), "the ticket; -1 when the step could not be opened"),
+    ),
+    attributes=StepAttributes.specs(2),
+)
+
+QUANTIZED_KV_SDPA_V2 = OpSpec(
+    name="QuantizedKvSdpaV2",
+    version=2,
+    doc=QUANTIZED_KV_SDPA.doc,
+    inputs=QUANTIZED_KV_SDPA.inputs,
+    outputs=QUANTIZED_KV_SDPA.outputs,
+    attributes=SdpaAttributes.specs(2),
+)
 
 
-def check_shapes(
-    where: str, tensors: Iterable[TensorSpec], shapes: Mapping[str, tuple[int, ...]], dims: dict[str, int]
-) -> None:
-    """Bind the dimension letters of `tensors` to `shapes`, extending `dims`.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GhostAttributes(NodeAttributes):
+    """Attributes of CacheOpen and CacheStamp."""
 
-    Raises CacheError naming `where`, the tensor, the expected and the given shape. Letters already in `dims`
-    (P past, say) are taken as given; T is P + N once both are known.
-    """
-    for spec in tensors:
-        shape = shapes[spec.name]
-        if spec.optional and math.prod(shape) == 0:
-            continue
-        ok = len(shape) == len(spec.shape)
-        for letter, size in zip(spec.shape, shape, strict=False):
-            if letter == "T":
-                dims.setdefault("T", dims["P"] + dims["N"])
-            expected = int(letter) if letter.isdigit() else dims.setdefault(letter, size)
-            ok = ok and (size == expected or (spec.broadcast and size == 1))
-        if ok:
-            _check_sizes(f"{where}: {spec.name}", spec.shape, shape)
-        else:
-            expected_text = ", ".join(f"{d}={dims[d]}" if d in dims else d for d in spec.shape)
-            alternative = " (each may be 1)" if spec.broadcast else ""
-            raise CacheError(f"{where}: {spec.name}: expected shape ({expected_text}){alternative}, got {shape}")
+    model_id: str = attribute("identity of the rewritten model", since=2)
+    kv_bytes: int = attribute("budget of all its caches; 0 = what ONNX_KIVI_KV_BYTES says, else none", 0, since=2)
+    spec_version: int = attribute("version of this table", 2)
+
+    def __post_init__(self) -> None:
+        self.check_version()
+        between("kv_bytes", self.kv_bytes, 0, MAX_KV_BYTES)
 
 
-def _check_sizes(where: str, letters: tuple[str, ...], shape: tuple[int, ...]) -> None:
-    for letter, size in zip(letters, shape, strict=True):
-        if letter in COUNTED and not 1 <= size <= MAX_SIZE:
-            raise CacheError(f"{where}: expected {letter} from 1 to {MAX_SIZE}, got shape {shape}")
+GHOSTS = tuple(
+    TensorSpec(f"past_{side}", "float", ("B", "G", "L", "C"), f"what the host carries as past {side}s: stamps")
+    for side in ("key", "value")
+)
+
+CACHE_OPEN = OpSpec(
+    name="CacheOpen",
+    version=2,
+    doc="Finds the caches that the stamps of past keys and values name, reordered, cropped and forked as the host did "
+    "it to the stamps (ghost I/O).",
+    inputs=(
+        TensorSpec(HANDLE_INPUT, "int64", ("R",), "caches to use; 0 = read the stamps"),
+        TensorSpec(PAST_LENGTH_INPUT, "int64", ("R",), "tokens to keep, as the mask says"),
+        *GHOSTS,
+    ),
+    outputs=(
+        TensorSpec(HANDLE_INPUT, "int64", ("R",), "for KvCacheStepV2"),
+        TensorSpec(PAST_LENGTH_INPUT, "int64", ("R",), "for KvCacheStepV2"),
+    ),
+    attributes=GhostAttributes.specs(2),
+    built=False,
+)
+
+CACHE_STAMP = OpSpec(
+    name="CacheStamp",
+    version=2,
+    doc="Gives the new tokens of a step their stamps, behind those of the past (ghost I/O).",
+    inputs=(
+        TensorSpec("step", "int64", ("1",), "the ticket of this run"),
+        TensorSpec("new_tokens", "int64", ("1",), "S"),
+        *GHOSTS,
+    ),
+    outputs=tuple(
+        TensorSpec(
+            f"present_{side}", "float", ("B", "G", "M", "C"), "as wide as the past; M = P + S, or L if that is more"
+        )
+        for side in ("key", "value")
+    ),
+    attributes=GhostAttributes.specs(2),
+    built=False,
+)
+
+OPS = (KV_CACHE_STEP, QUANTIZED_KV_SDPA, KV_CACHE_STEP_V2, QUANTIZED_KV_SDPA_V2, CACHE_OPEN, CACHE_STAMP)
 
 
 def op_table() -> str:
-    """The README's table of the ops, in Markdown."""
+    """The table of the ops, in Markdown."""
     lines: list[str] = []
     for op in OPS:
-        lines += [f"**`{DOMAIN}::{op.name}`** (version {OPSET_VERSION}): {op.doc}", ""]
+        built = "" if op.built else ", not built yet"
+        lines += [f"**`{DOMAIN}::{op.name}`** (version {op.version}{built}): {op.doc}", ""]
         lines += ["| | name | type | meaning |", "|---|---|---|---|"]
         for role, tensors in (("input", op.inputs), ("output", op.outputs)):
             for t in tensors:

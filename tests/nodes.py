@@ -29,7 +29,7 @@ def model(
 
     The wire mappings overwrite attributes as they are written in the file; None leaves one out.
     """
-    step, sdpa = spec.OPS
+    step, sdpa = spec.KV_CACHE_STEP, spec.QUANTIZED_KV_SDPA
     tensors = [t for t in sdpa.inputs if t.name != "step"]
     inputs = [helper.make_tensor_value_info(t.name, ELEMENTS[t.element], None) for t in tensors]
     inputs += [helper.make_tensor_value_info(name, TensorProto.INT64, None) for name in CONTROL]

@@ -52,13 +52,15 @@ def attention(
 
 
 def decoded(attributes: SdpaAttributes, row: RowState) -> tuple[Array, Array]:
-    """Keys (Hkv, T, Dk) and values (Hkv, T, Dv) that a row stands for, float64."""
-    keys, values = [row.sink_key], [row.sink_value]
+    """Keys (Hkv, T, Dk) and values (Hkv, T, Dv) that a row stands for, float64; NaN for freed tokens."""
+    heads, (k_size, v_size) = row.kv_heads, row.head_sizes
+    keys = [row.sinks.key, np.full((heads, row.freed, k_size), np.nan)]
+    values = [row.sinks.value, np.full((heads, row.freed, v_size), np.nan)]
     for block in row.blocks:
         keys.append(_keys(block.key, attributes.k_bits, attributes.block_tokens))
-        values.append(_values(block.value, attributes.v_bits, row.sink_value.shape[2], attributes.v_group_size))
-    keys.append(row.residual_key)
-    values.append(row.residual_value)
+        values.append(_values(block.value, attributes.v_bits, row.sinks.value.shape[2], attributes.v_group_size))
+    keys.append(row.residual.key)
+    values.append(row.residual.value)
     return np.concatenate(keys, 1).astype(np.float64), np.concatenate(values, 1).astype(np.float64)
 
 

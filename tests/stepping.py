@@ -65,11 +65,11 @@ def assert_sealed(backend: Backend, handle: int) -> None:
 
 def assert_same(a: CacheState, b: CacheState) -> None:
     """Bit for bit the same tokens in the same form, whatever the handles and models."""
-    assert (a.length, [s.attributes for s in a.slots]) == (b.length, [s.attributes for s in b.slots])
+    assert (a.lengths, [s.attributes for s in a.slots]) == (b.lengths, [s.attributes for s in b.slots])
     for slot_a, slot_b in zip(a.slots, b.slots, strict=True):
         assert len(slot_a.rows) == len(slot_b.rows)
         for row_a, row_b in zip(slot_a.rows, slot_b.rows, strict=True):
-            assert len(row_a.blocks) == len(row_b.blocks)
+            assert (len(row_a.blocks), row_a.freed) == (len(row_b.blocks), row_b.freed)
             for array_a, array_b in zip(arrays(row_a), arrays(row_b), strict=True):
                 assert array_a.dtype == array_b.dtype
                 np.testing.assert_array_equal(array_a, array_b)
@@ -79,4 +79,4 @@ def arrays(row: Any) -> list[npt.NDArray[Any]]:
     """All arrays of a row, in the canonical order."""
     sides = [side for block in row.blocks for side in (block.key, block.value)]
     sealed = [a for s in sides for a in ((s.codes, s.lo, s.scale) if isinstance(s, QuantizedBlock) else (s,))]
-    return [row.sink_key, row.sink_value, *sealed, row.residual_key, row.residual_value]
+    return [row.sinks.key, row.sinks.value, *sealed, row.residual.key, row.residual.value]

@@ -5,7 +5,8 @@ from __future__ import annotations
 import onnx
 from onnx import defs
 
-from ..spec import DOMAIN, OPS, OPSET_VERSION, OpSpec
+from ..spec import DOMAIN, OPS, OPSET_VERSION
+from ..spec_types import OpSpec
 
 TYPES = {"float": onnx.TensorProto.FLOAT, "int64": onnx.TensorProto.INT64}
 

@@ -125,12 +125,8 @@ def _filled(session: Session, template: CacheState, context: int) -> Cache:
         _, ticket = backend.open_step(cache.handle, COMMITTED_LENGTH, template.step)
         for slot in template.slots:
             row = slot.rows[0]
-            one_key, one_value = row.sink_key, row.sink_value
-            if one_key.shape[1] == 0:
-                one_key, one_value = row.residual_key, row.residual_value
             key, value = (
-                random.standard_normal((1, one.shape[0], tokens, one.shape[2]), np.float32)
-                for one in (one_key, one_value)
+                random.standard_normal((1, row.kv_heads, tokens, size), np.float32) for size in row.head_sizes
             )
             query = np.zeros((1, key.shape[1], 0, key.shape[3]), np.float32)
             backend.attend(ticket, slot.attributes, query, key, value, nothing, nothing)

@@ -23,10 +23,11 @@ from ..rewrite.report import Report
 from ..rewrite.rewriter import dense
 from ..run.session import NotRewrittenError
 from ..run.stepper import ENCODER_TOKENS
-from ..spec import CROSS, DENSE_BITS, DOMAIN, QUANTIZED_KV_SDPA, SdpaAttributes
+from ..spec import CROSS, DENSE_BITS, DOMAIN, QUANTIZED_KV_SDPA, QUANTIZED_KV_SDPA_V2, SdpaAttributes
 from .replay import Divergence, Reference
 
 DENSE_PROMPTS = (24, 8)
+ATTENTION = [f"{DOMAIN}.{op.name}" for op in (QUANTIZED_KV_SDPA, QUANTIZED_KV_SDPA_V2)]
 # Rounding: ten times what onnxruntime's own optimizations change, within (floor, ceiling) of the logits' range.
 ROUNDING = {"float": (1e-4, 1e-3), "float16": (5e-3, 2e-2), "bfloat16": (2e-2, 1e-1)}
 # Inside a model that rounds activations to 8 bits, a last bit of difference can move one by a whole step of 1/127.
@@ -144,13 +145,13 @@ def _judge(exact: Divergence, actual: Divergence, tolerance: float, bits: int | 
 
 def _slots(rewritten: str | os.PathLike[str]) -> list[SdpaAttributes]:
     """The attributes of the nodes, read without a run, of which an original may not be capable either."""
-    nodes = [node for node in Graph(load(rewritten)).nodes if node.op == f"{DOMAIN}.{QUANTIZED_KV_SDPA.name}"]
+    nodes = [node for node in Graph(load(rewritten)).nodes if node.op in ATTENTION]
     if not nodes:
         raise NotRewrittenError(
             f"{rewritten}: expected a rewritten model, with {QUANTIZED_KV_SDPA.name} nodes, got one without; run "
             "onnx-kivi rewrite on it first"
         )
-    names = [spec.name for spec in SdpaAttributes.specs()]
+    names = [spec.name for spec in QUANTIZED_KV_SDPA_V2.attributes]
     return [
         SdpaAttributes.from_wire({name: node.attr(name) for name in names if node.attr(name) is not None})
         for node in nodes

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from ..errors import CacheError, UnsupportedModelError
 from ..paths import model_path
 from ..runtime.cache import Cache
 from ..runtime.hosts import choose, register, take_error
-from ..spec import HANDLE_INPUT, PAST_LENGTH_INPUT, STORED_TOKENS
+from ..spec import HANDLE_INPUT, NEW_LENGTH_INPUT, PAST_LENGTH_INPUT, STORED_TOKENS
 from .generate import generate
 from .stepper import ELEMENTS, Stepper
 
@@ -53,6 +54,7 @@ class Session:
                 f"{_name(model)}: expected a rewritten model, with inputs {HANDLE_INPUT} and {PAST_LENGTH_INPUT}, "
                 "got one without; run onnx-kivi rewrite on it first"
             )
+        self._takes_rows = NEW_LENGTH_INPUT in overridable
         self._stored = [i for i in self._session.get_inputs() if STORED_TOKENS in i.shape]
         self.cache = self.new_cache()
 
@@ -70,34 +72,47 @@ class Session:
         input_feed: Mapping[str, Any],
         run_options: ort.RunOptions | None = None,
         *,
-        cache: Cache | None = None,
+        cache: Cache | Sequence[Cache] | None = None,
     ) -> list[Any]:
         """As InferenceSession.run; the new tokens are appended to `cache` (default: this session's own).
 
-        Feeding past_length = n first drops what lies beyond n tokens. An encoder's keys and values that the model
-        stores (`rewrite --cross`) are fed once, and again when there are others; a run without them attends to those
-        held. Raises CacheError (or another KiviError) for whatever the op refused, after which the cache is as it was
-        before the run.
+        cache: several caches of one row each make a batch, row b of which is cache[b], whatever each of them holds: a
+        left-padded batch whose padding is not stored. attention_mask is then (B, T), right-aligned, with T the most
+        tokens that any of them holds and those fed; feeding new_length = (B) says how many of a row's tokens, its last
+        ones, are new. Feeding past_length = n, or (B), first drops what lies beyond n tokens. An encoder's keys and
+        values that the model stores (`rewrite --cross`) are fed once, and again when there are others; a run without
+        them attends to those held. Raises CacheError (or another KiviError) for whatever the op refused, after which
+        every cache is as it was before the run.
         """
-        cache = self.cache if cache is None else cache
-        if not cache.run_lock.acquire(blocking=False):
-            raise CacheError("run: expected a cache that no other run uses, got one in use; give each thread its own")
-        try:
-            feeds = {**input_feed, **self._held(input_feed, cache)}
-            feeds[HANDLE_INPUT] = np.array([cache.handle], np.int64)
+        caches = self._caches(cache)
+        with _locked(caches):
+            handles = [c.handle for c in caches]
+            feeds = {**input_feed, **self._held(input_feed), HANDLE_INPUT: np.array(handles, np.int64)}
             results, failure = None, None
             try:
                 results = self._session.run(output_names, feeds, run_options)
             except Exception as error:
                 failure = error
-            if (refusal := take_error(self.host, cache.handle, failure)) is not None:
+            if (refusal := take_error(self.host, handles, failure)) is not None:
                 raise refusal from failure
             if failure is not None:
-                cache.crop(cache.length)  # ends the step: an open one passes for that of a model that lacks nodes
+                for each in caches:
+                    each.crop(each.length)  # ends the step: an open one passes for that of a model that lacks nodes
                 raise failure
             return list(results or ())
-        finally:
-            cache.run_lock.release()
+
+    def _caches(self, cache: Cache | Sequence[Cache] | None) -> list[Cache]:
+        if cache is None:
+            return [self.cache]
+        caches = [cache] if isinstance(cache, Cache) else list(cache)
+        if not caches:
+            raise CacheError("run: expected a cache, or at least one in a list, got none")
+        if len(caches) > 1 and not self._takes_rows:
+            raise CacheError(
+                f"run: expected one cache, got {len(caches)}: the model was rewritten by version 1 of the op, which "
+                "knows no others; rewrite the original again"
+            )
+        return caches
 
     def generate(
         self,
@@ -127,7 +142,7 @@ class Session:
             stop_tokens=stop_tokens,
         )
 
-    def _held(self, feeds: Mapping[str, Any], cache: Cache) -> dict[str, npt.NDArray[Any]]:
+    def _held(self, feeds: Mapping[str, Any]) -> dict[str, npt.NDArray[Any]]:
         """Arrays of no tokens for the inputs that slots store, if none of them is fed. Raises CacheError."""
         absent = [i for i in self._stored if i.name not in feeds]
         if not absent:
@@ -136,11 +151,6 @@ class Session:
             raise CacheError(
                 f"run: {absent[0].name}: expected all of an encoder's keys and values, or none, got "
                 f"{len(self._stored) - len(absent)} of {len(self._stored)}"
-            )
-        if cache.nbytes == 0:
-            raise CacheError(
-                f"run: {absent[0].name}: expected an encoder's keys or values, as the cache holds none, got nothing; "
-                "feed them in the first run"
             )
         return {i.name: np.zeros([self._size(i, size, feeds) for size in i.shape], ELEMENTS[i.type]) for i in absent}
 
@@ -157,9 +167,24 @@ class Session:
         )
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("__") or name in ("_session", "_stored"):
+        if name.startswith("__") or name in ("_session", "_stored", "_takes_rows"):
             raise AttributeError(name)
         return getattr(self._session, name)
+
+
+@contextmanager
+def _locked(caches: Sequence[Cache]) -> Iterator[None]:
+    """While no other run uses these caches. Raises CacheError if one does."""
+    with ExitStack() as stack:
+        for row, cache in enumerate(caches):
+            if cache in caches[:row]:
+                continue  # the store says of which row it is
+            if not cache.run_lock.acquire(blocking=False):
+                raise CacheError(
+                    "run: expected a cache that no other run uses, got one in use; give each thread its own"
+                )
+            stack.callback(cache.run_lock.release)
+        yield
 
 
 def quiet_options() -> ort.SessionOptions:

@@ -17,7 +17,7 @@ import numpy.typing as npt
 from ..cache_facts import CacheFacts
 from ..errors import UnsupportedModelError
 from ..runtime.cache import Cache
-from ..spec import HANDLE_INPUT, PAST_LENGTH_INPUT, STORED_TOKENS
+from ..spec import HANDLE_INPUT, NEW_LENGTH_INPUT, PAST_LENGTH_INPUT, STORED_TOKENS
 
 Array = npt.NDArray[Any]
 IntArray = npt.NDArray[np.int64]
@@ -187,7 +187,7 @@ def build_feeds(inputs: Sequence[Any], ids: IntArray, mask: IntArray, known: Map
             feeds[i.name] = np.asarray(values[i.name]).astype(_element(i), copy=False)
         elif i.name == "inputs_embeds":
             feeds[i.name] = _embed(ids, i.shape[-1]).astype(_element(i))
-        elif i.name not in (HANDLE_INPUT, PAST_LENGTH_INPUT):
+        elif i.name not in (HANDLE_INPUT, PAST_LENGTH_INPUT, NEW_LENGTH_INPUT):
             raise UnsupportedModelError(
                 f"input {i.name}: expected a name that decoders usually have ({', '.join(values)}), got {i.name} "
                 f"{i.shape}; give it to generate as one of its `inputs`, or feed the model yourself with Session.run"

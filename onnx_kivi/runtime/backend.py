@@ -7,6 +7,7 @@ below; `reference` and `quantize` are normative for the numbers.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -36,26 +37,51 @@ class QuantizedBlock:
 
 @dataclass(frozen=True, slots=True)
 class BlockState:
-    """One sealed block of one row; a dense side (32 bits, or not representable) is f32 (Hkv, block_tokens, D)."""
+    """A `sealed` segment: one block; a dense side (32 bits, or not representable) is f32 (Hkv, block_tokens, D)."""
 
     key: QuantizedBlock | FloatArray
     value: QuantizedBlock | FloatArray
 
 
 @dataclass(frozen=True, slots=True)
-class RowState:
-    """One row of one slot: sinks and residual are f32, (Hkv, tokens, D)."""
+class DenseState:
+    """A `sinks` or `dense` segment: keys (Hkv, tokens, Dk) and values (Hkv, tokens, Dv), f32."""
 
-    sink_key: FloatArray
-    sink_value: FloatArray
+    key: FloatArray
+    value: FloatArray
+
+    @property
+    def tokens(self) -> int:
+        """Tokens held."""
+        return int(self.key.shape[1])
+
+
+@dataclass(frozen=True, slots=True)
+class RowState:
+    """One row of one slot: the segments of `spec.SEGMENTS`, in their order; `freed` is a number of tokens.
+
+    Sinks and the dense end are there even when they hold nothing, and tell heads and head sizes.
+    """
+
+    sinks: DenseState
+    freed: int
     blocks: tuple[BlockState, ...]
-    residual_key: FloatArray
-    residual_value: FloatArray
+    residual: DenseState
+
+    @property
+    def kv_heads(self) -> int:
+        """Hkv."""
+        return int(self.residual.key.shape[0])
+
+    @property
+    def head_sizes(self) -> tuple[int, int]:
+        """(Dk, Dv)."""
+        return int(self.residual.key.shape[2]), int(self.residual.value.shape[2])
 
 
 @dataclass(frozen=True, slots=True)
 class SlotState:
-    """One slot of a cache: what its node says of it, and its rows."""
+    """One slot of a cache: what its node says of it, and its rows; no rows where nothing was ever appended."""
 
     attributes: SdpaAttributes
     rows: tuple[RowState, ...]
@@ -63,11 +89,19 @@ class SlotState:
 
 @dataclass(frozen=True, slots=True)
 class CacheState:
-    """Everything a cache holds, in the canonical layout: what files carry and what backends exchange."""
+    """Everything a cache holds, in the canonical layout: what files carry and what backends exchange.
+
+    lengths: the tokens of each row; empty for a cache that holds none.
+    """
 
     step: StepAttributes | None
-    length: int
+    lengths: tuple[int, ...]
     slots: tuple[SlotState, ...]
+
+    @property
+    def length(self) -> int:
+        """The most tokens of any row."""
+        return max(self.lengths, default=0)
 
 
 _SEQUENCE_BITS = 32
@@ -107,10 +141,18 @@ class Backend(Protocol):
         """Free a cache; closing twice is an error, like any other use of a closed handle."""
 
     def open_step(self, handle: int, past_length: int, step: StepAttributes) -> tuple[int, int]:
-        """Open a step, superseding one that is open: (P, ticket). past_length -1 = the committed length.
+        """`open_rows` of one cache whose rows keep equally many tokens: (the most tokens of any row, ticket)."""
 
+    def open_rows(
+        self, handles: Sequence[int], past_lengths: Sequence[int], new_lengths: Sequence[int], step: StepAttributes
+    ) -> tuple[tuple[int, ...], int]:
+        """Open a step over the rows of these caches, superseding those that are open: (P of each row, ticket).
+
+        handles: one cache, or several that hold one row each, all different. past_lengths, new_lengths: one number for
+        all rows or one for each; -1 = the committed length, all new tokens. Of a cache that is empty P is (0,).
         Tokens beyond past_length are dropped at once, as by `crop`: a rollback goes back to P tokens.
-        Raises CacheError: closed handle, another model's handle, past_length beyond the cache; and once, after a step
+        Raises CacheError naming the row: closed handle, another model's handle, past_length beyond the cache, rows of
+        different lengths where the model's one_length says why not; then no cache has changed. And once, after a step
         of which some nodes ran, none failed and some never ran, where no step of the cache has committed yet: the
         model may have fewer nodes than it says. (The native host counts the nodes it serves, and so it knows better.)
         """
@@ -127,8 +169,10 @@ class Backend(Protocol):
     ) -> FloatArray:
         """Attend, append, seal: the whole op. Shapes as in the spec; the output is (B, Hq, S, Dv).
 
-        The last of the step's `layers` calls commits it. An error poisons the step: later calls raise too
-        and touch nothing, and the next step starts from the committed length. Raises CacheError.
+        Row b's new tokens and queries are the last new_length of S (the output of the others is 0), and of a mask with
+        columns for the longest row and S it takes the last P + new_length. The last of the step's `layers` calls
+        commits it for all rows. An error poisons the step: later calls raise too and touch nothing, and the next step
+        of any of its caches starts from the committed length. Raises CacheError.
 
         A `self` slot takes new tokens once per step, the same number in every slot; a call without new tokens (layers
         that share a cache) sees what the slot holds by now, so T counts the tokens that an earlier call of this step
@@ -136,31 +180,52 @@ class Backend(Protocol):
         new tokens replace what it holds, and are then all that is seen.
         """
 
+    def members(self, ticket: int) -> tuple[int, ...]:
+        """Handles of the caches whose rows the step covers; () for a ticket that is not known any more."""
+
     def length(self, handle: int) -> int:
-        """Committed tokens."""
+        """The most committed tokens of any row."""
+
+    def lengths(self, handle: int) -> tuple[int, ...]:
+        """Committed tokens of each row; () for a cache that holds none."""
 
     def sealed_tokens(self, handle: int) -> int:
-        """Committed tokens held in quantized form: the least over the slots that quantize (0 if none does)."""
+        """Committed tokens held in quantized form: the least over rows and slots that quantize (0 if none does)."""
 
     def nbytes(self, handle: int) -> int:
         """Bytes held: codes, parameters, dense blocks, sinks and residual of all slots; shared blocks count in full."""
 
+    def shared_nbytes(self, handle: int) -> int:
+        """Of `nbytes`, the bytes that another cache, or another row of this one, holds too."""
+
     def dense_nbytes(self, handle: int) -> int:
-        """Bytes that the same tokens take as f32 keys and values."""
+        """Bytes that the same tokens take as f32 keys and values, freed ones left out."""
 
     def crop(self, handle: int, length: int) -> None:
-        """Keep the first `length` tokens. Exact inside the residual; tokens of a cut sealed block keep their error.
+        """Keep the first `length` tokens of each row, of shorter rows all; else as `crop_rows`."""
 
-        Like reset and reorder it ends an open step: what that appended is dropped, and its ticket is stale.
+    def crop_rows(self, handle: int, lengths: Sequence[int]) -> None:
+        """Keep the first lengths[b] tokens of row b.
+
+        Exact inside the residual; tokens of a cut sealed block keep their error. A row that a window has freed tokens
+        of can be cut only to where all that its window shows is still held, or to 0. Like reset and reorder it ends an
+        open step: what that appended is dropped, and its ticket is stale.
         """
 
     def reset(self, handle: int) -> None:
         """Drop all tokens, those of cross slots too; the handle stays bound to its model."""
 
-    def fork(self, handle: int) -> int:
-        """Handle of a copy that shares the sealed blocks."""
+    def gather(self, rows: Sequence[tuple[int, int]]) -> int:
+        """Handle of a new cache whose row i is a copy of row rows[i] = (handle, row): fork, select, repeat and join.
 
-    def reorder(self, handle: int, index: list[int]) -> None:
+        Copies share sealed blocks. Raises CacheError for a row that isn't there, or for caches of different models,
+        slots or shapes.
+        """
+
+    def fork(self, handle: int) -> int:
+        """Handle of a copy that shares the sealed blocks, also of an empty cache."""
+
+    def reorder(self, handle: int, index: Sequence[int]) -> None:
         """Row i becomes the old row index[i] (beam search); the number of rows may change."""
 
     def export_state(self, handle: int) -> CacheState:

@@ -37,8 +37,13 @@ class Cache:
 
     @property
     def length(self) -> int:
-        """Tokens held."""
+        """Tokens held, by the row that holds most."""
         return self._backend.length(self.handle)
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """Tokens that each row holds; () for an empty cache."""
+        return self._backend.lengths(self.handle)
 
     @property
     def sealed_tokens(self) -> int:
@@ -51,16 +56,25 @@ class Cache:
         return self._backend.nbytes(self.handle)
 
     @property
+    def shared_nbytes(self) -> int:
+        """Of `nbytes`, the bytes that another cache, or another row of this one, holds too."""
+        return self._backend.shared_nbytes(self.handle)
+
+    @property
     def dense_nbytes(self) -> int:
         """Bytes that the same tokens take as float32 keys and values."""
         return self._backend.dense_nbytes(self.handle)
 
-    def crop(self, length: int) -> None:
-        """Keep the first `length` tokens. Exact unless it cuts a sealed block, whose kept tokens stay rounded.
+    def crop(self, length: int | Sequence[int]) -> None:
+        """Keep the first `length` tokens of each row (of shorter rows all), or of row b the first length[b].
 
-        Raises CacheError for a length outside 0 to self.length.
+        Exact unless it cuts a sealed block, whose kept tokens stay rounded. Raises CacheError for a length outside 0 to
+        self.length, and for one whose window shows tokens that were freed.
         """
-        self._backend.crop(self.handle, length)
+        if isinstance(length, Sequence):
+            self._backend.crop_rows(self.handle, length)
+        else:
+            self._backend.crop(self.handle, length)
 
     def reset(self) -> None:
         """Drop all tokens; the cache stays with its model."""
@@ -69,6 +83,37 @@ class Cache:
     def fork(self) -> Cache:
         """An independent copy, which shares the sealed blocks and so costs next to nothing."""
         return Cache(self._backend, self._backend.fork(self.handle))
+
+    def select(self, rows: Sequence[int]) -> Cache:
+        """An independent copy of these rows, in this order; rows may be repeated. Raises CacheError as `reorder`."""
+        return self._gather([(self.handle, int(row)) for row in rows])
+
+    def repeat(self, times: int) -> Cache:
+        """An independent copy with each row `times` times in a row, as for beams. Raises CacheError."""
+        if times < 1:
+            raise CacheError(f"repeat: expected at least 1 time, got {times}")
+        return self.select([row for row in range(len(self.lengths)) for _ in range(times)])
+
+    def split(self) -> list[Cache]:
+        """An independent copy of each row, as a cache of its own."""
+        return [self.select([row]) for row in range(len(self.lengths))]
+
+    @staticmethod
+    def join(caches: Sequence[Cache]) -> Cache:
+        """An independent copy of the rows of several caches, in order, as one cache; lengths may differ.
+
+        Raises CacheError for no caches, an empty one, or caches of different models or backends.
+        """
+        if not caches:
+            raise CacheError("join: expected at least one cache, got none")
+        others = {cache._backend.name for cache in caches}
+        if len(others) > 1:
+            raise CacheError(f"join: expected caches of one backend, got {', '.join(sorted(others))}")
+        rows = [(cache.handle, row) for cache in caches for row in range(max(len(cache.lengths), 1))]
+        return caches[0]._gather(rows)
+
+    def _gather(self, rows: Sequence[tuple[int, int]]) -> Cache:
+        return Cache(self._backend, self._backend.gather(rows))
 
     def reorder(self, index: Sequence[int]) -> None:
         """Row i becomes the old row index[i] (beam search); rows may be dropped and repeated.

@@ -3,14 +3,15 @@
     offset      bytes  content
     0           8      "KIVIKV" and the format version, u16 little-endian
     8           8      length of the header, u64 little-endian
-    16          n      header, JSON in UTF-8: step, length, slots: [{attributes, rows: [{sinks, residual, blocks}]}]
+    16          n      header, JSON in UTF-8: step, lengths, slots: [{attributes, rows: [{heads, sizes, segments}]}]
     16 + n             arrays, little-endian, C order, without padding, in the order in which the header implies them
     last 32            SHA-256 of everything before it
 
-The attributes are those of the nodes as written in a model. Of a row, the header has the counts (heads, head sizes,
-sinks, residual) and per block one letter pair: q for codes, d for f32, keys first; shapes follow from these
-(`backend.QuantizedBlock` defines the layout of codes). Loading trusts nothing: every way in which a file can lie is
-a CacheError, found before memory is taken for it.
+The attributes are those of the nodes as written in a model. Of a row, the header has the heads, the head sizes, and the
+segments of `spec.SEGMENTS` with their tokens, per sealed block one letter pair: q for codes, d for f32, keys first;
+shapes follow from these (`backend.QuantizedBlock` defines the layout of codes). Version 1 has one length for all rows
+and counts of sinks and residual in the place of segments; it is written wherever it can say what a cache holds.
+Loading trusts nothing: every way in which a file can lie is a CacheError, found before memory is taken for it.
 """
 
 from __future__ import annotations
@@ -30,13 +31,13 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import CacheError, KiviError
-from ..spec import SdpaAttributes, StepAttributes
-from .backend import BlockState, CacheState, FloatArray, QuantizedBlock, RowState, SlotState
+from ..spec import DENSE, FREED, SEALED, SINKS, SdpaAttributes, StepAttributes
+from .backend import BlockState, CacheState, DenseState, FloatArray, QuantizedBlock, RowState, SlotState
 from .numpy_backend.quantize import group_count, packed_size
 from .state import check_state
 
 MAGIC = b"KIVIKV"
-FORMAT_VERSION = 1
+FORMAT_VERSIONS = (1, 2)
 PREFIX = struct.Struct("<6sHQ")
 DIGEST_BYTES = hashlib.sha256().digest_size
 LARGEST_SIZE = 1 << 32
@@ -47,13 +48,14 @@ Side = QuantizedBlock | FloatArray
 def save_state(path: str | os.PathLike[str], state: CacheState) -> None:
     """Write `state`, under a temporary name until complete. Raises CacheError if the file can't be written."""
     target = Path(path)
-    header = json.dumps(_header(state), separators=(",", ":"), sort_keys=True).encode()
+    version = _least_version(state)
+    header = json.dumps(_header(state, version), separators=(",", ":"), sort_keys=True).encode()
     digest = hashlib.sha256()
     temporary = None
     try:
         with tempfile.NamedTemporaryFile(dir=target.parent, prefix=f".{target.name}.", delete=False) as file:
             temporary = Path(file.name)
-            for part in (PREFIX.pack(MAGIC, FORMAT_VERSION, len(header)), header, *_payload(state)):
+            for part in (PREFIX.pack(MAGIC, version, len(header)), header, *_payload(state)):
                 digest.update(part)
                 file.write(part)
             file.write(digest.digest())
@@ -87,8 +89,11 @@ def _parse(data: bytes) -> CacheState:
     if len(data) < PREFIX.size + DIGEST_BYTES or not data.startswith(MAGIC):
         raise CacheError("expected a cache file of onnx_kivi, got something else, or only its beginning")
     _, version, header_size = PREFIX.unpack_from(data)
-    if version != FORMAT_VERSION:
-        raise CacheError(f"expected format version {FORMAT_VERSION}, got {version}; save it with this version again")
+    if version not in FORMAT_VERSIONS:
+        raise CacheError(
+            f"expected format version {' or '.join(map(str, FORMAT_VERSIONS))}, got {version}; load it with the newer "
+            "onnx_kivi that saved it"
+        )
     if hashlib.sha256(memoryview(data)[:-DIGEST_BYTES]).digest() != data[-DIGEST_BYTES:]:
         raise CacheError("expected content that agrees with its checksum, got a damaged or truncated file")
     body = memoryview(data)[PREFIX.size : -DIGEST_BYTES]
@@ -96,14 +101,21 @@ def _parse(data: bytes) -> CacheState:
         raise CacheError(f"expected a header of {header_size} bytes, got {len(body)}")
     header = json.loads(bytes(body[:header_size]))
     reader = _Reader(body[header_size:])
-    state = CacheState(
-        None if header["step"] is None else StepAttributes.from_wire(header["step"]),
-        _size(header["length"]),
-        tuple(_slot(reader, slot) for slot in header["slots"]),
-    )
+    slots = tuple(_slot(reader, slot, version) for slot in header["slots"])
+    lengths = tuple(map(_size, header["lengths"])) if version > 1 else _one_length(_size(header["length"]), slots)
+    step = None if header["step"] is None else StepAttributes.from_wire(header["step"])
+    state = CacheState(step, lengths, slots)
     reader.finish()
     check_state(state)
     return state
+
+
+def _one_length(length: int, slots: tuple[SlotState, ...]) -> tuple[int, ...]:
+    """The length of each row, as version 1 says it. Raises CacheError."""
+    rows = max((len(slot.rows) for slot in slots), default=0)
+    if length and not rows:
+        raise CacheError(f"expected rows that hold the {length} tokens, got none")
+    return (length,) * rows
 
 
 class _Reader:
@@ -129,27 +141,41 @@ class _Reader:
             raise CacheError(f"expected {self._offset} bytes of arrays, got {len(self._payload)}")
 
 
-def _header(state: CacheState) -> dict[str, Any]:
-    return {
-        "step": None if state.step is None else state.step.to_wire(),
-        "length": state.length,
-        "slots": [
-            {"attributes": slot.attributes.to_wire(), "rows": [_row_header(row) for row in slot.rows]}
-            for slot in state.slots
-        ],
-    }
+def _least_version(state: CacheState) -> int:
+    """The lowest format version that can say what the state holds."""
+    later = len({*state.lengths}) > 1 or any(row.freed for slot in state.slots for row in slot.rows)
+    nodes = [state.step, *(slot.attributes for slot in state.slots)]
+    return max(2 if later else 1, *(node.spec_version for node in nodes if node is not None), 1)
 
 
-def _row_header(row: RowState) -> dict[str, Any]:
-    heads, residual, k_head_size = row.residual_key.shape
-    return {
-        "heads": heads,
-        "k_head_size": k_head_size,
-        "v_head_size": row.residual_value.shape[2],
-        "sinks": row.sink_key.shape[1],
-        "residual": residual,
-        "blocks": "".join(_letter(b.key) + _letter(b.value) for b in row.blocks),
-    }
+def _header(state: CacheState, version: int) -> dict[str, Any]:
+    slots = [
+        {"attributes": slot.attributes.to_wire(), "rows": [_row_header(row, version) for row in slot.rows]}
+        for slot in state.slots
+    ]
+    lengths: dict[str, Any] = {"length": state.length} if version == 1 else {"lengths": state.lengths}
+    return {"step": None if state.step is None else state.step.to_wire(), "slots": slots} | lengths
+
+
+def _row_header(row: RowState, version: int) -> dict[str, Any]:
+    k_head_size, v_head_size = row.head_sizes
+    sizes = {"heads": row.kv_heads, "k_head_size": k_head_size, "v_head_size": v_head_size}
+    blocks = "".join(_letter(b.key) + _letter(b.value) for b in row.blocks)
+    if version == 1:
+        return sizes | {"sinks": row.sinks.tokens, "residual": row.residual.tokens, "blocks": blocks}
+    held = {SINKS: row.sinks.tokens, FREED: row.freed, SEALED: blocks, DENSE: row.residual.tokens}
+    return sizes | {"segments": [[tag, count] for tag, count in held.items() if count]}
+
+
+def _counts(header: Mapping[str, Any], version: int) -> tuple[int, int, str, int]:
+    """Tokens of the sinks, freed tokens, letters of the blocks, tokens of the dense end. Raises CacheError."""
+    if version == 1:
+        return _size(header["sinks"]), 0, header["blocks"], _size(header["residual"])
+    tags = [tag for tag, _ in header["segments"]]
+    if tags != [tag for tag in (SINKS, FREED, SEALED, DENSE) if tag in tags]:
+        raise CacheError(f"expected segments {SINKS}, {FREED}, {SEALED}, {DENSE}, in this order, each once, got {tags}")
+    held = dict(header["segments"])
+    return _size(held.get(SINKS, 0)), _size(held.get(FREED, 0)), held.get(SEALED, ""), _size(held.get(DENSE, 0))
 
 
 def _letter(side: Side) -> str:
@@ -164,30 +190,32 @@ def _payload(state: CacheState) -> Iterator[bytes]:
 
 
 def _row_arrays(row: RowState) -> Iterator[npt.NDArray[Any]]:
-    yield from (row.sink_key, row.sink_value)
+    yield from (row.sinks.key, row.sinks.value)
     for block in row.blocks:
         for side in (block.key, block.value):
             yield from (side.codes, side.lo, side.scale) if isinstance(side, QuantizedBlock) else (side,)
-    yield from (row.residual_key, row.residual_value)
+    yield from (row.residual.key, row.residual.value)
 
 
-def _slot(reader: _Reader, header: Mapping[str, Any]) -> SlotState:
+def _slot(reader: _Reader, header: Mapping[str, Any], version: int) -> SlotState:
     attributes = SdpaAttributes.from_wire(header["attributes"])
-    return SlotState(attributes, tuple(_row(reader, attributes, row) for row in header["rows"]))
+    return SlotState(attributes, tuple(_row(reader, attributes, row, version) for row in header["rows"]))
 
 
-def _row(reader: _Reader, attributes: SdpaAttributes, header: Mapping[str, Any]) -> RowState:
+def _row(reader: _Reader, attributes: SdpaAttributes, header: Mapping[str, Any], version: int) -> RowState:
     heads, k_size, v_size = (_size(header[name]) for name in ("heads", "k_head_size", "v_head_size"))
-    sinks, residual, letters = _size(header["sinks"]), _size(header["residual"]), header["blocks"]
-    sink_key = reader.array(np.float32, heads, sinks, k_size)
-    sink_value = reader.array(np.float32, heads, sinks, v_size)
+    sinks, freed, letters, residual = _counts(header, version)
+
+    def dense(tokens: int) -> DenseState:
+        key = reader.array(np.float32, heads, tokens, k_size)
+        return DenseState(key, reader.array(np.float32, heads, tokens, v_size))
+
+    first = dense(sinks)
     blocks = tuple(
         BlockState(_key_side(reader, attributes, k, heads, k_size), _value_side(reader, attributes, v, heads, v_size))
         for k, v in zip(letters[::2], letters[1::2], strict=True)
     )
-    residual_key = reader.array(np.float32, heads, residual, k_size)
-    residual_value = reader.array(np.float32, heads, residual, v_size)
-    return RowState(sink_key, sink_value, blocks, residual_key, residual_value)
+    return RowState(first, freed, blocks, dense(residual))
 
 
 def _key_side(reader: _Reader, attributes: SdpaAttributes, letter: str, heads: int, size: int) -> Side:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from importlib.metadata import version
 from types import ModuleType
 from typing import Any
@@ -58,11 +59,11 @@ def register(options: ort.SessionOptions, *, host: str = "auto", backend: str = 
     _servers[options] = asked
 
 
-def take_error(host: str, handle: int, failure: Exception | None) -> BaseException | None:
-    """What the op refused in the last run on `handle`, if anything; `failure` is what onnxruntime raised."""
+def take_error(host: str, handles: Sequence[int], failure: Exception | None) -> BaseException | None:
+    """What the op refused in the last run on these caches, if anything; `failure` is what onnxruntime raised."""
     error: BaseException | None
     if host == "python":
-        error = python_host.take_error(handle)
+        error = python_host.take_error(handles)
     else:
         error = None if failure is None else _native().error_from(failure)
     return error

@@ -9,6 +9,7 @@ nothing is compiled.
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,8 @@ import onnxruntime as ort
 
 from .. import _native
 from ..errors import CacheError, ConfigError, KiviError, SpecMismatchError
-from ..spec import SdpaAttributes, StepAttributes
-from .backend import BlockState, CacheState, FloatArray, QuantizedBlock, RowState, SlotState
+from ..spec import ALL_NEW, SdpaAttributes, StepAttributes
+from .backend import BlockState, CacheState, DenseState, FloatArray, QuantizedBlock, RowState, SlotState
 
 MOST_ATTRIBUTES = 4096
 
@@ -41,7 +42,16 @@ class NativeBackend:
 
     def open_step(self, handle: int, past_length: int, step: StepAttributes) -> tuple[int, int]:
         """(P, ticket) of a new step, which supersedes one that is open."""
-        return _native.open_step(handle, past_length, _native.StepAttributes(step.to_wire()))
+        past, ticket = self.open_rows([handle], [past_length], [ALL_NEW], step)
+        return max(past), ticket
+
+    def open_rows(
+        self, handles: Sequence[int], past_lengths: Sequence[int], new_lengths: Sequence[int], step: StepAttributes
+    ) -> tuple[tuple[int, ...], int]:
+        """(P of each row, ticket) of a new step over the rows of these caches."""
+        attributes = _native.StepAttributes(step.to_wire())
+        past, ticket = _native.open_rows(list(handles), list(past_lengths), list(new_lengths), attributes)
+        return tuple(past), ticket
 
     def attend(
         self,
@@ -57,9 +67,17 @@ class NativeBackend:
         output: FloatArray = _native.attend(ticket, self._parsed(attributes), query, key, value, attn_mask, head_sink)
         return output
 
+    def members(self, ticket: int) -> tuple[int, ...]:
+        """Handles of the caches whose rows the step covers."""
+        return tuple(_native.members(ticket))
+
     def length(self, handle: int) -> int:
-        """Committed tokens."""
+        """The most committed tokens of any row."""
         return _native.length(handle)
+
+    def lengths(self, handle: int) -> tuple[int, ...]:
+        """Committed tokens of each row."""
+        return tuple(_native.lengths(handle))
 
     def sealed_tokens(self, handle: int) -> int:
         """Committed tokens in quantized form, the least over the slots that quantize."""
@@ -69,13 +87,21 @@ class NativeBackend:
         """Bytes of the committed tokens, as they are held."""
         return _native.nbytes(handle)
 
+    def shared_nbytes(self, handle: int) -> int:
+        """Bytes that another row or cache holds too."""
+        return _native.shared_nbytes(handle)
+
     def dense_nbytes(self, handle: int) -> int:
         """Bytes of the same tokens as f32."""
         return _native.dense_nbytes(handle)
 
     def crop(self, handle: int, length: int) -> None:
-        """Keep the first `length` tokens."""
+        """Keep the first `length` tokens of each row."""
         _native.crop(handle, length)
+
+    def crop_rows(self, handle: int, lengths: Sequence[int]) -> None:
+        """Keep the first lengths[b] tokens of row b."""
+        _native.crop_rows(handle, list(lengths))
 
     def reset(self, handle: int) -> None:
         """Drop all tokens."""
@@ -85,16 +111,20 @@ class NativeBackend:
         """Handle of a copy."""
         return _native.fork(handle)
 
-    def reorder(self, handle: int, index: list[int]) -> None:
+    def gather(self, rows: Sequence[tuple[int, int]]) -> int:
+        """Handle of a new cache made of rows of others."""
+        return _native.gather(list(rows))
+
+    def reorder(self, handle: int, index: Sequence[int]) -> None:
         """Row i becomes the old row index[i]."""
-        _native.reorder(handle, index)
+        _native.reorder(handle, list(index))
 
     def export_state(self, handle: int) -> CacheState:
         """Canonical copy of a cache."""
-        step, length, slots = _native.export_state(handle)
+        step, lengths, slots = _native.export_state(handle)
         return CacheState(
             None if step is None else StepAttributes.from_wire(step),
-            length,
+            tuple(lengths),
             tuple(SlotState(SdpaAttributes.from_wire(wire), tuple(map(_row_state, rows))) for wire, rows in slots),
         )
 
@@ -102,7 +132,7 @@ class NativeBackend:
         """Handle of a new cache that holds a copy of `state`."""
         step = None if state.step is None else _native.StepAttributes(state.step.to_wire())
         slots = [(_native.SdpaAttributes(s.attributes.to_wire()), [_row_tuple(r) for r in s.rows]) for s in state.slots]
-        return _native.import_state(step, state.length, slots)
+        return _native.import_state(step, list(state.lengths), slots)
 
     def _parsed(self, attributes: SdpaAttributes) -> _native.SdpaAttributes:
         """The native form of `attributes`, kept per object: a node passes the same one at every step."""
@@ -150,9 +180,9 @@ def thread_count() -> int:
 
 
 def _row_state(row: tuple[Any, ...]) -> RowState:
-    sink_key, sink_value, blocks, residual_key, residual_value = row
+    sinks, freed, blocks, residual = row
     states = tuple(BlockState(_side_state(key), _side_state(value)) for key, value in blocks)
-    return RowState(sink_key, sink_value, states, residual_key, residual_value)
+    return RowState(DenseState(*sinks), freed, states, DenseState(*residual))
 
 
 def _side_state(side: Any) -> QuantizedBlock | FloatArray:
@@ -161,7 +191,7 @@ def _side_state(side: Any) -> QuantizedBlock | FloatArray:
 
 def _row_tuple(row: RowState) -> tuple[Any, ...]:
     blocks = [(_side_tuple(block.key), _side_tuple(block.value)) for block in row.blocks]
-    return row.sink_key, row.sink_value, blocks, row.residual_key, row.residual_value
+    return (row.sinks.key, row.sinks.value), row.freed, blocks, (row.residual.key, row.residual.value)
 
 
 def _side_tuple(side: QuantizedBlock | FloatArray) -> Any:

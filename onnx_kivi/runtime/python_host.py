@@ -12,6 +12,7 @@ import contextlib
 import functools
 import logging
 import traceback
+from collections.abc import Callable, Sequence
 from types import CodeType
 from typing import Any
 
@@ -23,15 +24,19 @@ from onnxruntime_extensions import _ocos as hook
 
 from ..errors import CacheError, KiviError
 from ..spec import (
+    ALL_NEW,
     COMMITTED_LENGTH,
     DEFAULT_HANDLE,
     DOMAIN,
     KV_CACHE_STEP,
+    KV_CACHE_STEP_V2,
     NO_STEP,
     QUANTIZED_KV_SDPA,
+    QUANTIZED_KV_SDPA_V2,
     SdpaAttributes,
     StepAttributes,
 )
+from ..spec_types import OpSpec
 from .backend import Backend, FloatArray, is_native, ticket_handle
 from .interrupts import InterruptGuard
 from .select import get_backend
@@ -63,7 +68,7 @@ class _Output:
 
 
 class PythonHost:
-    """The two ops, and the errors that their callers have yet to be told."""
+    """The ops, and the errors that their callers have yet to be told."""
 
     def __init__(self) -> None:
         self._default_backend: Backend | None = None
@@ -76,14 +81,15 @@ class PythonHost:
         self._interrupts.install()
         _declare()
 
-    def take_error(self, handle: int) -> BaseException | None:
-        """The first error of the last step on `handle`, once; None if it went well."""
-        _, error = self._failures.pop(handle, (NO_STEP, None))
+    def take_error(self, handles: Sequence[int]) -> BaseException | None:
+        """The first error of the last step on these caches, once; None if it went well."""
+        found = [self._failures.pop(handle, (NO_STEP, None))[1] for handle in handles]
+        error = next((error for error in found if error is not None), None)
         if error is None or isinstance(error, KiviError):
             return error
         if isinstance(error, Exception):
             unexpected = CacheError(
-                f"cache {handle}: expected the op to run, got {_described(error)}; please report it"
+                f"cache {handles[0]}: expected the op to run, got {_described(error)}; please report it"
             )
             unexpected.__cause__ = error
             return unexpected
@@ -92,20 +98,34 @@ class PythonHost:
 
     def kv_cache_step(self, cache_handle: IntArray, past_length: IntArray, **wire: str) -> tuple[_Output, _Output]:
         """The op KvCacheStep: (P, ticket), or (a P that later shapes agree with, -1) after an error."""
-        handle = length = DEFAULT_HANDLE
+        past, ticket = self._open("KvCacheStep", (cache_handle, past_length), wire)
+        return _Output(np.array([max(past)], np.int64)), _Output(np.array([ticket], np.int64))
+
+    def kv_cache_step_v2(
+        self, cache_handle: IntArray, past_length: IntArray, new_length: IntArray, **wire: str
+    ) -> tuple[_Output, _Output, _Output]:
+        """The op KvCacheStepV2: (the largest P, each row's, ticket)."""
+        past, ticket = self._open("KvCacheStepV2", (cache_handle, past_length, new_length), wire)
+        return (
+            _Output(np.array([max(past)], np.int64)),
+            _Output(np.array(past, np.int64)),
+            _Output(np.array([ticket], np.int64)),
+        )
+
+    def _open(self, op: str, inputs: tuple[IntArray, ...], wire: dict[str, str]) -> tuple[tuple[int, ...], int]:
+        handles: list[int] = [DEFAULT_HANDLE]
+        lengths: list[int] = [COMMITTED_LENGTH]
         try:
-            handle = int(cache_handle.flat[0])
-            length = int(past_length.flat[0])
             self._interrupts.check()
-            _check_one("cache_handle", cache_handle)
-            _check_one("past_length", past_length)
-            past, ticket = self._backend(handle).open_step(handle, length, _step_attributes(tuple(wire.items())))
-            self._failures.pop(handle, None)
-            self._failures.pop(ticket_handle(ticket), None)
+            handles, lengths, new = (*(_numbers(op, array) for array in inputs), [ALL_NEW])[:3]
+            attributes = _step_attributes(tuple(wire.items()))
+            past, ticket = self._backend(handles[0]).open_rows(handles, lengths, new, attributes)
+            for handle in (*handles, *self._backend(ticket_handle(ticket)).members(ticket)):
+                self._failures.pop(handle, None)
         except BaseException as error:
-            self._fail(handle, NO_STEP, error)
-            past, ticket = self._likely_length(handle, length), NO_STEP
-        return _Output(np.array([past], np.int64)), _Output(np.array([ticket], np.int64))
+            self._fail(handles, NO_STEP, error)
+            return (self._likely_length(handles, lengths),), NO_STEP
+        return past, ticket
 
     def quantized_kv_sdpa(
         self,
@@ -123,46 +143,59 @@ class PythonHost:
             ticket = int(step.flat[0])
             handle = ticket_handle(ticket)
             self._interrupts.check()
-            if ticket != NO_STEP and self._failures.get(handle, (NO_STEP, None))[0] != ticket:
+            if ticket != NO_STEP and not self._has_failed(ticket):
                 attributes = _sdpa_attributes(tuple(wire.items()))
                 return _Output(
                     self._backend(handle).attend(ticket, attributes, query, key, value, attn_mask, head_sink)
                 )
         except BaseException as error:
-            self._fail(ticket_handle(ticket), ticket, error)
+            self._fail(self._members(ticket), ticket, error)
             if not isinstance(error, Exception):
-                self._end_step(ticket_handle(ticket))
+                self._end_step(self._members(ticket))
         return _Output(_nan(query, value))
+
+    def _has_failed(self, ticket: int) -> bool:
+        return any(failed == ticket for failed, _ in self._failures.values()) if self._failures else False
+
+    def _members(self, ticket: int) -> Sequence[int]:
+        """Handles of the caches of a step, as far as they can be told."""
+        handle = ticket_handle(ticket)
+        try:
+            return self._backend(handle).members(ticket) or (handle,)
+        except BaseException:
+            return (handle,)
 
     def _backend(self, handle: int) -> Backend:
         if handle == DEFAULT_HANDLE and self._default_backend is not None:
             return self._default_backend
         return get_backend("native" if is_native(handle) else "numpy")
 
-    def _fail(self, handle: int, ticket: int, error: BaseException) -> None:
+    def _fail(self, handles: Sequence[int], ticket: int, error: BaseException) -> None:
         try:
             traceback.clear_frames(error.__traceback__)
-            if self._failures.get(handle, (NO_STEP, None))[0] != ticket or ticket == NO_STEP:
-                self._failures[handle] = ticket, error
+            told = any(self._failures.get(handle, (NO_STEP, None))[0] == ticket for handle in handles)
+            if ticket == NO_STEP or not told:
+                self._failures |= dict.fromkeys(handles, (ticket, error))
                 if isinstance(error, Exception):
                     log.error("%s", _described(error))
         except BaseException as unreportable:
-            self._failures[handle] = ticket, unreportable
+            self._failures[handles[0]] = ticket, unreportable
 
-    def _end_step(self, handle: int) -> None:
+    def _end_step(self, handles: Sequence[int]) -> None:
         """Close what an interrupt left open, which would pass for the step of a model that lacks nodes."""
         with contextlib.suppress(BaseException):
-            backend = self._backend(handle)
-            backend.crop(handle, backend.length(handle))
+            for handle in handles:
+                backend = self._backend(handle)
+                backend.crop(handle, backend.length(handle))
 
-    def _likely_length(self, handle: int, past_length: int) -> int:
+    def _likely_length(self, handles: Sequence[int], past_lengths: Sequence[int]) -> int:
         """What the caller probably takes for P: with it, onnxruntime finds no fault of its own in the mask's shape."""
         try:
-            if past_length == COMMITTED_LENGTH:
-                return self._backend(handle).length(handle)
+            if COMMITTED_LENGTH in past_lengths:
+                return max(self._backend(handle).length(handle) for handle in handles)
         except BaseException:
             return 0
-        return min(max(past_length, 0), MOST_PLAUSIBLE_LENGTH)
+        return min(max(0, *past_lengths), MOST_PLAUSIBLE_LENGTH)
 
 
 def register(options: ort.SessionOptions, backend: str = "auto") -> None:
@@ -174,15 +207,21 @@ def register(options: ort.SessionOptions, backend: str = "auto") -> None:
     options.register_custom_ops_library(get_library_path())
 
 
-def take_error(handle: int) -> BaseException | None:
-    """The first error of the last step on `handle`, once: a KiviError, or the KeyboardInterrupt that ended it."""
-    return HOST.take_error(handle)
+def take_error(handles: Sequence[int]) -> BaseException | None:
+    """The first error of the last step on these caches, once: a KiviError, or the KeyboardInterrupt that ended it."""
+    return HOST.take_error(handles)
 
 
 @functools.cache
 def _declare() -> None:
     """Declare the ops, once per process, to onnxruntime-extensions."""
-    for spec, body in ((KV_CACHE_STEP, HOST.kv_cache_step), (QUANTIZED_KV_SDPA, HOST.quantized_kv_sdpa)):
+    bodies: dict[OpSpec, Callable[..., object]] = {
+        KV_CACHE_STEP: HOST.kv_cache_step,
+        KV_CACHE_STEP_V2: HOST.kv_cache_step_v2,
+        QUANTIZED_KV_SDPA: HOST.quantized_kv_sdpa,
+        QUANTIZED_KV_SDPA_V2: HOST.quantized_kv_sdpa,
+    }
+    for spec, body in bodies.items():
         declare = onnx_op(
             op_type=f"{DOMAIN}::{spec.name}",
             inputs=[ELEMENTS[t.element] for t in spec.inputs],
@@ -213,11 +252,11 @@ def _step_attributes(wire: tuple[tuple[str, str], ...]) -> StepAttributes:
     return StepAttributes.from_wire(dict(wire))
 
 
-def _check_one(name: str, value: IntArray) -> None:
-    if value.shape != (1,):
-        raise CacheError(
-            f"KvCacheStep: {name}: expected shape (1), got {value.shape}; one per row is not supported yet"
-        )
+def _numbers(op: str, value: IntArray) -> list[int]:
+    """The numbers of an input with one for all rows or one for each. Raises CacheError."""
+    if value.ndim != 1 or not value.size:
+        raise CacheError(f"{op}: expected shape (1) or (rows), got {value.shape}")
+    return [int(number) for number in value]
 
 
 def _described(error: BaseException) -> str:

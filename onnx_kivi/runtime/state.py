@@ -5,45 +5,60 @@ from __future__ import annotations
 import numpy as np
 
 from ..errors import CacheError
-from ..spec import DENSE_BITS, MAX_SIZE, SdpaAttributes
-from .backend import BlockState, CacheState, FloatArray, QuantizedBlock, RowState
+from ..spec import DENSE_BITS, SELF, SdpaAttributes
+from ..spec_types import MAX_SIZE
+from .backend import BlockState, CacheState, FloatArray, QuantizedBlock, RowState, SlotState
 from .numpy_backend.quantize import SMALLEST_SCALE, group_count, packed_size
 from .numpy_backend.rows import row_length
 
 
 def check_state(state: CacheState) -> None:
     """Raise CacheError unless lengths, shapes, types and parameters of `state` agree with its attributes."""
-    if state.length < 0:
-        raise CacheError(f"cache state: expected a length >= 0, got {state.length}")
+    if any(length < 0 for length in state.lengths):
+        raise CacheError(f"cache state: expected a length >= 0, got {min(state.lengths)}")
     if state.slots and state.step is None:
         raise CacheError("cache state: expected the step's attributes, got none")
     numbers = [slot.attributes.slot for slot in state.slots]
     if numbers != sorted(set(numbers)):
         raise CacheError(f"cache state: expected slots in ascending order, each once, got {numbers}")
-    if state.length and all(slot.attributes.kind != "self" for slot in state.slots):
+    if any(state.lengths) and not any(slot.attributes.kind == SELF and slot.rows for slot in state.slots):
         raise CacheError(f"cache state: expected slots that hold the {state.length} tokens, got none")
-    batches = {len(slot.rows) for slot in state.slots if slot.rows}
-    if len(batches) > 1:
-        raise CacheError(f"cache state: expected as many rows in each slot, got {sorted(batches)}")
     for slot in state.slots:
-        where = f"cache state, slot {slot.attributes.slot}"
-        for row in slot.rows:
-            _check_row(where, slot.attributes, row, _sizes(where, slot.rows[0]))
-        lengths = {row_length(row, slot.attributes.block_tokens) for row in slot.rows}
-        expected = {state.length} if slot.attributes.kind == "self" else lengths
-        if len(lengths) > 1 or not lengths <= expected or (expected - {0} and not lengths):
-            raise CacheError(f"{where}: expected {state.length} tokens in each row, got {sorted(lengths)}")
+        _check_slot(f"cache state, slot {slot.attributes.slot}", slot, state.lengths)
+
+
+def _check_slot(where: str, slot: SlotState, lengths: tuple[int, ...]) -> None:
+    if slot.rows and len(slot.rows) != len(lengths):
+        raise CacheError(f"{where}: expected as many rows in each slot, {len(lengths)}, got {len(slot.rows)}")
+    if any(lengths) and slot.attributes.kind == SELF and not slot.rows:
+        raise CacheError(f"{where}: expected {max(lengths)} tokens, got no rows")
+    for row, length in zip(slot.rows, lengths, strict=False):
+        _check_row(where, slot.attributes, row, _sizes(where, slot.rows[0]))
+        held = row_length(row, slot.attributes.block_tokens)
+        if slot.attributes.kind == SELF and held != length:
+            raise CacheError(f"{where}: expected {length} tokens in the row, got {held}")
+        _check_freed(where, slot.attributes, row, held)
+
+
+def _check_freed(where: str, attributes: SdpaAttributes, row: RowState, held: int) -> None:
+    end = row.sinks.tokens + row.freed
+    hidden = attributes.window and attributes.kind == SELF and end <= held - attributes.window + 1
+    if row.freed and (row.freed < 0 or row.freed % attributes.block_tokens or not hidden):
+        raise CacheError(
+            f"{where}: expected freed tokens in whole blocks that the window of {attributes.window} hides, got "
+            f"{row.freed} of {held}"
+        )
 
 
 def _check_row(where: str, attributes: SdpaAttributes, row: RowState, sizes: tuple[int, int, int]) -> None:
     heads, k_head_size, v_head_size = sizes
-    residual, sinks = _rank_3(where, row.residual_key)[1], _rank_3(where, row.sink_key)[1]
+    residual, sinks = _rank_3(where, row.residual.key)[1], _rank_3(where, row.sinks.key)[1]
     size = attributes.block_tokens
-    _check_array(f"{where}, residual", row.residual_value, (heads, residual, v_head_size), np.float32)
-    _check_array(f"{where}, residual", row.residual_key, (heads, residual, k_head_size), np.float32)
-    _check_array(f"{where}, sinks", row.sink_key, (heads, sinks, k_head_size), np.float32)
-    _check_array(f"{where}, sinks", row.sink_value, (heads, sinks, v_head_size), np.float32)
-    full = sinks == attributes.sink_length or not (row.blocks or residual)
+    _check_array(f"{where}, residual", row.residual.value, (heads, residual, v_head_size), np.float32)
+    _check_array(f"{where}, residual", row.residual.key, (heads, residual, k_head_size), np.float32)
+    _check_array(f"{where}, sinks", row.sinks.key, (heads, sinks, k_head_size), np.float32)
+    _check_array(f"{where}, sinks", row.sinks.value, (heads, sinks, v_head_size), np.float32)
+    full = sinks == attributes.sink_length or not (row.blocks or residual or row.freed)
     if sinks > attributes.sink_length or not full or residual >= attributes.residual_length + size:
         raise CacheError(
             f"{where}: expected {attributes.sink_length} sinks and fewer than {attributes.residual_length + size} "
@@ -105,8 +120,8 @@ def _check_array(where: str, array: object, shape: tuple[int, ...], dtype: type)
 
 def _sizes(where: str, row: RowState) -> tuple[int, int, int]:
     """(heads, key head size, value head size) of the first row of a slot, and so of all."""
-    heads, _, k_head_size = _rank_3(where, row.residual_key)
-    v_head_size = _rank_3(where, row.residual_value)[2]
+    heads, _, k_head_size = _rank_3(where, row.residual.key)
+    v_head_size = _rank_3(where, row.residual.value)[2]
     if not all(1 <= size <= MAX_SIZE for size in (heads, k_head_size, v_head_size)):
         raise CacheError(
             f"{where}: expected heads and head sizes from 1 to {MAX_SIZE}, got {heads}, {k_head_size} and {v_head_size}"

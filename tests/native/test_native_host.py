@@ -207,11 +207,11 @@ def test_errors_are_onnxruntimes_own_with_our_message_and_leave_the_cache_as_it_
 @pytest.mark.parametrize(
     ("step_wire", "sdpa_wire", "kind", "message"),
     [
-        ({"spec_version": 99}, {}, SpecMismatchError, "spec_version: expected 1, got 99"),
+        ({"spec_version": 99}, {}, SpecMismatchError, "spec_version: expected 1 or 2, got 99"),
         ({"layers": 0}, {}, ConfigError, "layers: expected an integer from 1 to"),
         ({"model_id": None}, {}, ConfigError, "attribute model_id: missing"),
         ({}, {"slot": None}, ConfigError, "attribute slot: missing"),
-        ({}, {"spec_version": 2}, SpecMismatchError, "spec_version: expected 1, got 2"),
+        ({}, {"spec_version": 3}, SpecMismatchError, "spec_version: expected 1 or 2, got 3"),
         ({}, {"k_bits": 5}, ConfigError, "k_bits: expected one of 2, 4, 8, 32, got 5"),
         ({}, {"scale": "fast"}, ConfigError, "scale: expected float, got 'fast'"),
         ({}, {"kind": "both"}, ConfigError, "kind: expected one of self, cross"),

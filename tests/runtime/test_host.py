@@ -50,7 +50,7 @@ def test_handles_choose_the_cache_and_its_backend(backend, rng):
         for _ in range(runs):
             session.run(None, nodes.feeds(key, key, cache_handle=handle))
     assert (backend.length(first), backend.length(second)) == (14, 7)
-    assert host.take_error(first) is None
+    assert host.take_error([first]) is None
     backend.crop(first, 7)
     backend.crop(second, 7)
     assert_same(backend.export_state(second), backend.export_state(second))
@@ -71,13 +71,13 @@ def test_an_error_gives_nan_one_log_line_and_the_exception_once(backend, rng, ca
     assert [o.shape for o in outputs] == [(1, 2, 9, 6)] * 3
     assert all(np.isnan(o).all() for o in outputs)
     assert len(caplog.records) == 1
-    error = host.take_error(handle)
+    error = host.take_error([handle])
     assert isinstance(error, CacheError)
     assert "attn_mask: expected shape (B=1, Hq=2, S=9, T=18)" in str(error)
-    assert host.take_error(handle) is None
+    assert host.take_error([handle]) is None
     assert_same(backend.export_state(handle), before)
     past, *outputs = session.run(None, nodes.feeds(key, key, cache_handle=handle))
-    assert host.take_error(handle) is None
+    assert host.take_error([handle]) is None
     assert all(np.isfinite(o).all() for o in outputs)
     assert backend.length(handle) == 18
     backend.close(handle)
@@ -89,7 +89,7 @@ def test_a_later_step_that_goes_well_clears_an_error_nobody_took(backend, rng):
     key = tokens(rng, 3)
     session.run(None, nodes.feeds(key, key, cache_handle=handle, past_length=5))
     session.run(None, nodes.feeds(key, key, cache_handle=handle))
-    assert host.take_error(handle) is None
+    assert host.take_error([handle]) is None
     backend.close(handle)
 
 
@@ -115,25 +115,26 @@ def test_a_step_that_cannot_open_gives_a_past_that_the_mask_agrees_with(backend,
         assert past.tolist() == [likely]
         assert out.shape == (1, 2, 4, 6)
         assert np.isnan(out).all()
-        assert message in str(host.take_error(number))
+        assert message in str(host.take_error([number]))
     assert backend.length(handle) == 4
     backend.close(handle)
 
 
-def test_one_length_per_row_is_refused_as_not_yet_supported(backend, rng):
+def test_rows_of_different_lengths_are_refused_by_a_model_of_version_1(backend, rng):
     session = nodes.session(nodes.model([sdpa(0)], f"ragged {backend.name}"), backend.name)
     key = tokens(rng, 4, batch=2)
-    _, out = session.run(None, nodes.feeds(key, key) | {"past_length": np.array([0, 0], np.int64)})
+    assert not np.isnan(session.run(None, nodes.feeds(key, key) | {"past_length": np.array([0, 0], np.int64)})[1]).any()
+    _, out = session.run(None, nodes.feeds(key, key) | {"past_length": np.array([4, 3], np.int64)})
     assert np.isnan(out).all()
-    assert "one per row is not supported yet" in str(host.take_error(0))
+    assert "rewritten by version 1" in str(host.take_error([0]))
 
 
 @pytest.mark.parametrize(
     ("step_wire", "sdpa_wire", "kind", "message"),
     [
-        ({"spec_version": 99}, {}, SpecMismatchError, "spec_version: expected 1, got 99"),
+        ({"spec_version": 99}, {}, SpecMismatchError, "spec_version: expected 1 or 2, got 99"),
         ({"layers": 0}, {}, ConfigError, "layers: expected an integer from 1 to"),
-        ({}, {"spec_version": 2}, SpecMismatchError, "spec_version: expected 1, got 2"),
+        ({}, {"spec_version": 3}, SpecMismatchError, "spec_version: expected 1 or 2, got 3"),
         ({}, {"k_bits": 5}, ConfigError, "k_bits: expected one of 2, 4, 8, 32, got 5"),
         ({}, {"block_tokens": 0}, ConfigError, "block_tokens: expected an integer from 1 to"),
         ({}, {"scale": "fast"}, ConfigError, "scale: expected float"),
@@ -148,7 +149,7 @@ def test_a_node_of_another_spec_or_with_bad_attributes_is_refused(rng, step_wire
     key = tokens(rng, 4)
     _, out = session.run(None, nodes.feeds(key, key, cache_handle=handle))
     assert np.isnan(out).all()
-    error = host.take_error(handle)
+    error = host.take_error([handle])
     assert isinstance(error, kind)
     assert message in str(error)
 
@@ -157,10 +158,10 @@ def test_an_unexpected_exception_comes_out_as_a_cache_error_with_its_cause(rng, 
     backend = get_backend("numpy")
     session = nodes.session(nodes.model([sdpa(0)], "unexpected"), "numpy")
     handle = backend.new_cache()
-    monkeypatch.setattr("onnx_kivi.runtime.numpy_backend.store.attend_row", lambda *_: 1 / 0)
+    monkeypatch.setattr("onnx_kivi.runtime.numpy_backend.node.attend_row", lambda *_: 1 / 0)
     key = tokens(rng, 4)
     _, out = session.run(None, nodes.feeds(key, key, cache_handle=handle))
-    error = host.take_error(handle)
+    error = host.take_error([handle])
     assert np.isnan(out).all()
     assert isinstance(error, CacheError)
     assert isinstance(error.__cause__, ZeroDivisionError)
@@ -173,7 +174,7 @@ sys.path[:0] = [{str(Path(__file__).parents[1])!r}, {str(Path(__file__).parents[
 import nodes, numpy as np
 from stepping import sdpa
 from onnx_kivi.runtime import python_host as host
-from onnx_kivi.runtime.numpy_backend import store
+from onnx_kivi.runtime.numpy_backend import node, store
 key = np.ones((1, 2, 3, 6), np.float32)
 session = nodes.session(nodes.model([sdpa(0), sdpa(1)], "child"), "numpy")
 """
@@ -199,13 +200,13 @@ def child(code: str) -> subprocess.CompletedProcess[str]:
 def test_no_exception_in_an_op_aborts_the_process(raised):
     code = f"""
 def fail(*_): raise {raised}
-store.attend_row = fail
+node.attend_row = fail
 for _ in range(2):
     past, *outputs = session.run(None, nodes.feeds(key, key))
     assert past.tolist() == [0] and all(o.shape == (1, 2, 3, 6) and np.isnan(o).all() for o in outputs)
-store.NumpyBackend.open_step = fail
+store.NumpyBackend.open_rows = fail
 past, *outputs = session.run(None, nodes.feeds(key, key))
-assert all(np.isnan(o).all() for o in outputs) and host.take_error(0) is not None
+assert all(np.isnan(o).all() for o in outputs) and host.take_error([0]) is not None
 print("alive")
 """
     result = child(code)

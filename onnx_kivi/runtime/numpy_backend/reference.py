@@ -1,9 +1,10 @@
 """Attention over a quantized cache in plain NumPy: the normative math, and the fallback where nothing is compiled.
 
-Contract, per row: scores of the S new queries over [sinks, sealed blocks, residual] and the N new tokens, as given;
-times scale, softcap, plus mask, causal and window, one softmax column for the head's sink logit; softmax literally
-in float32, finite fill values included; times the values. Codes are folded, never decoded: with k = lo + s c,
-q.k = q.lo + (q s).c, and with v = lo + s c, p.v = p.lo + (p s).c (KIVI, arXiv 2402.02750, quantizes as such).
+Contract, per row: scores of the S new queries over [sinks, sealed blocks, residual] and the N new tokens, as given,
+each at its own place (freed tokens leave a gap, which the window hides); times scale, softcap, plus mask, causal and
+window, one softmax column for the head's sink logit; softmax literally in float32, finite fill values included; times
+the values. Codes are folded, never decoded: with k = lo + s c, q.k = q.lo + (q s).c, and with v = lo + s c,
+p.v = p.lo + (p s).c (KIVI, arXiv 2402.02750, quantizes as such).
 The softmax is online over tiles of at most TILE_TOKENS keys and QUERY_TILE queries: scratch is O(tile x heads).
 
 Letters: H key/value heads, G query heads per key/value head, S queries, M = G S, T keys of a tile, n blocks of a
@@ -74,8 +75,8 @@ def _tiles(
             k, v = key[:, i : i + TILE_TOKENS], value[:, i : i + TILE_TOKENS]
             yield Tile(start + i, start + i + k.shape[1], (k,), (v,))
 
-    yield from dense(0, row.sink_key, row.sink_value)
-    start, size = row.sink_key.shape[1], attributes.block_tokens
+    yield from dense(0, row.sinks.key, row.sinks.value)
+    start, size = row.sinks.tokens + row.freed, attributes.block_tokens
     run: list[BlockState] = []
     for block in row.blocks:
         if run and (len(run) == max(1, TILE_TOKENS // size) or _kind(block) != _kind(run[0])):
@@ -85,9 +86,9 @@ def _tiles(
     if run:
         yield _block_tile(start, size, run)
         start += len(run) * size
-    if row.residual_key.shape[1]:
-        new_key_HND = np.concatenate((row.residual_key, new_key_HND), axis=1)
-        new_value_HND = np.concatenate((row.residual_value, new_value_HND), axis=1)
+    if row.residual.tokens:
+        new_key_HND = np.concatenate((row.residual.key, new_key_HND), axis=1)
+        new_value_HND = np.concatenate((row.residual.value, new_value_HND), axis=1)
     yield from dense(start, new_key_HND, new_value_HND)
 
 
@@ -151,7 +152,9 @@ def _hidden(attributes: SdpaAttributes, tile: Tile, position: int, queries: int)
     """Whether causality or the window hides the whole tile from all the queries."""
     last = position + queries - 1
     ahead = (attributes.is_causal or attributes.window) and tile.start > last
-    behind = attributes.window and tile.stop - 1 <= position - attributes.window
+    behind = (
+        attributes.window and attributes.window_sinks <= tile.start and tile.stop - 1 <= position - attributes.window
+    )
     return bool(ahead or behind)
 
 
@@ -170,10 +173,11 @@ def _mask_scores(
         by_head = (heads, group) if mask.shape[0] > 1 else (1, 1)
         scores_HGST += here.reshape(*by_head, *here.shape[1:])
     if attributes.is_causal or attributes.window:
-        distance_ST = np.arange(position, position + queries)[:, None] - np.arange(tile.start, tile.stop)
+        places_T = np.arange(tile.start, tile.stop)
+        distance_ST = np.arange(position, position + queries)[:, None] - places_T
         hidden_ST = distance_ST < 0
         if attributes.window:
-            hidden_ST |= distance_ST >= attributes.window
+            hidden_ST |= (distance_ST >= attributes.window) & (places_T >= attributes.window_sinks)
         if hidden_ST.any():
             np.copyto(scores_HGST, np.float32(-np.inf), where=hidden_ST)
 

@@ -1,6 +1,6 @@
-"""One row of one slot as an immutable value: append, seal, crop and measure all give a new value or a number.
+"""One row of one slot as an immutable value: append, seal, free, crop and measure all give a new value or a number.
 
-A row (`backend.RowState`) is sinks, sealed blocks, residual. Sinks fill first; when the residual holds
+A row (`backend.RowState`) is sinks, freed tokens, sealed blocks, residual. Sinks fill first; when the residual holds
 residual_length + block_tokens tokens, the oldest block_tokens become one block that never changes again (KIVI,
 arXiv 2402.02750, section 3). So a row depends on its tokens only, not on how they were split over calls, and
 fork, reorder and rollback are copies of references. A side kept at 32 bits moves into dense blocks likewise,
@@ -10,57 +10,65 @@ so that no step copies more than the residual.
 from __future__ import annotations
 
 import dataclasses
+from dataclasses import replace
 
 import numpy as np
 
 from ...spec import DENSE_BITS, SdpaAttributes
-from ..backend import BlockState, FloatArray, QuantizedBlock, RowState
+from ..backend import BlockState, DenseState, FloatArray, QuantizedBlock, RowState
 from .quantize import decode_keys, decode_values, quantize_keys, quantize_values
 
 
 def empty_row(heads: int, k_head_size: int, v_head_size: int) -> RowState:
     """A row without tokens."""
-    no_key = np.zeros((heads, 0, k_head_size), np.float32)
-    no_value = np.zeros((heads, 0, v_head_size), np.float32)
-    return RowState(no_key, no_value, (), no_key, no_value)
+    nothing = DenseState(np.zeros((heads, 0, k_head_size), np.float32), np.zeros((heads, 0, v_head_size), np.float32))
+    return RowState(nothing, 0, (), nothing)
 
 
 def row_length(row: RowState, block_tokens: int) -> int:
-    """Tokens in the row."""
-    dense: int = row.sink_key.shape[1] + row.residual_key.shape[1]
-    return dense + len(row.blocks) * block_tokens
+    """Tokens in the row, freed ones among them."""
+    return row.sinks.tokens + row.freed + len(row.blocks) * block_tokens + row.residual.tokens
 
 
 def append(row: RowState, attributes: SdpaAttributes, k_HND: FloatArray, v_HND: FloatArray) -> RowState:
     """The row with the N new tokens at its end, every full block sealed."""
-    to_sinks = min(max(attributes.sink_length - row.sink_key.shape[1], 0), k_HND.shape[1])
-    sink_key = _joined(row.sink_key, k_HND[:, :to_sinks])
-    sink_value = _joined(row.sink_value, v_HND[:, :to_sinks])
-    key = _joined(row.residual_key, k_HND[:, to_sinks:])
-    value = _joined(row.residual_value, v_HND[:, to_sinks:])
+    to_sinks = min(max(attributes.sink_length - row.sinks.tokens, 0), k_HND.shape[1])
+    sinks = _joined(row.sinks, k_HND[:, :to_sinks], v_HND[:, :to_sinks])
+    residual = _joined(row.residual, k_HND[:, to_sinks:], v_HND[:, to_sinks:])
     size = attributes.block_tokens
-    sealed = max(0, (key.shape[1] - attributes.residual_length) // size) * size
-    blocks = tuple(
-        _seal(attributes, key[:, start : start + size], value[:, start : start + size])
-        for start in range(0, sealed, size)
-    )
+    sealed = max(0, (residual.tokens - attributes.residual_length) // size) * size
+    blocks = tuple(_seal(attributes, _part(residual, start, start + size)) for start in range(0, sealed, size))
     if sealed:
-        key, value = key[:, sealed:].copy(), value[:, sealed:].copy()
-    return RowState(sink_key, sink_value, row.blocks + blocks, key, value)
+        residual = _copy(_part(residual, sealed, residual.tokens))
+    return RowState(sinks, row.freed, row.blocks + blocks, residual)
+
+
+def free(row: RowState, attributes: SdpaAttributes) -> RowState:
+    """The row without the blocks that the window hides from every query to come."""
+    size = attributes.block_tokens
+    begin = row.sinks.tokens + row.freed
+    seen = row_length(row, size) - attributes.window + 1
+    count = min(max(seen - begin, 0) // size, len(row.blocks)) if attributes.window else 0
+    return replace(row, freed=row.freed + count * size, blocks=row.blocks[count:]) if count else row
+
+
+def least_crop(row: RowState, attributes: SdpaAttributes) -> int:
+    """The fewest tokens, but for 0, to which the row can be cut: all that the window then shows must be held."""
+    return row.sinks.tokens + row.freed + attributes.window - 1 if row.freed else 0
 
 
 def crop(row: RowState, attributes: SdpaAttributes, length: int) -> RowState:
     """The first `length` tokens; the kept tokens of a cut block are decoded and become the residual."""
-    sinks, size = row.sink_key.shape[1], attributes.block_tokens
-    sink_key, sink_value = row.sink_key[:, :length].copy(), row.sink_value[:, :length].copy()
-    full_blocks, rest = divmod(max(length - sinks, 0), size)
+    size, past_sinks = attributes.block_tokens, max(length - row.sinks.tokens - row.freed, 0)
+    sinks = _copy(_part(row.sinks, 0, length))
+    full_blocks, rest = divmod(past_sinks, size)
     if full_blocks < len(row.blocks):
-        key, value = decode(row.blocks[full_blocks], attributes, row.residual_value.shape[2])
+        last = DenseState(*decode(row.blocks[full_blocks], attributes, row.head_sizes[1]))
     else:
         full_blocks = len(row.blocks)
-        rest = max(length - sinks, 0) - full_blocks * size
-        key, value = row.residual_key, row.residual_value
-    return RowState(sink_key, sink_value, row.blocks[:full_blocks], key[:, :rest].copy(), value[:, :rest].copy())
+        rest, last = past_sinks - full_blocks * size, row.residual
+    freed = row.freed if length else 0
+    return RowState(sinks, freed, row.blocks[:full_blocks], _copy(_part(last, 0, rest)))
 
 
 def decode(block: BlockState, attributes: SdpaAttributes, v_head_size: int) -> tuple[FloatArray, FloatArray]:
@@ -74,31 +82,43 @@ def decode(block: BlockState, attributes: SdpaAttributes, v_head_size: int) -> t
 
 
 def quantized_tokens(row: RowState, attributes: SdpaAttributes) -> int:
-    """Tokens of the blocks in which every side that has codes to hold (bits below 32) holds codes."""
+    """Tokens whose every side that has codes to hold (bits below 32) was sealed in codes; freed ones were."""
     k_dense, v_dense = attributes.k_bits == DENSE_BITS, attributes.v_bits == DENSE_BITS
     sealed = sum(
         (k_dense or isinstance(b.key, QuantizedBlock)) and (v_dense or isinstance(b.value, QuantizedBlock))
         for b in row.blocks
     )
-    return sealed * attributes.block_tokens
+    return row.freed + sealed * attributes.block_tokens
 
 
-def row_nbytes(row: RowState) -> int:
-    """Bytes of all arrays of the row."""
-    ends = (row.sink_key, row.sink_value, row.residual_key, row.residual_value)
-    return sum(a.nbytes for a in ends) + sum(_side_nbytes(b.key) + _side_nbytes(b.value) for b in row.blocks)
+def pieces(row: RowState) -> list[tuple[object, int]]:
+    """(what rows may share, its bytes) of each piece of the row."""
+    dense: list[tuple[object, int]] = [(end, end.key.nbytes + end.value.nbytes) for end in (row.sinks, row.residual)]
+    return dense + [(block, _side_nbytes(block.key) + _side_nbytes(block.value)) for block in row.blocks]
 
 
-def _seal(attributes: SdpaAttributes, k_HTD: FloatArray, v_HTD: FloatArray) -> BlockState:
-    key = None if attributes.k_bits == DENSE_BITS else quantize_keys(k_HTD, attributes.k_bits)
+def _seal(attributes: SdpaAttributes, tokens: DenseState) -> BlockState:
+    key = None if attributes.k_bits == DENSE_BITS else quantize_keys(tokens.key, attributes.k_bits)
     value = (
-        None if attributes.v_bits == DENSE_BITS else quantize_values(v_HTD, attributes.v_bits, attributes.v_group_size)
+        None
+        if attributes.v_bits == DENSE_BITS
+        else quantize_values(tokens.value, attributes.v_bits, attributes.v_group_size)
     )
-    return BlockState(key or k_HTD.copy(), value or v_HTD.copy())
+    return BlockState(key or tokens.key.copy(), value or tokens.value.copy())
 
 
-def _joined(old_HTD: FloatArray, new_HND: FloatArray) -> FloatArray:
-    return np.concatenate((old_HTD, new_HND), axis=1) if new_HND.shape[1] else old_HTD
+def _part(tokens: DenseState, start: int, stop: int) -> DenseState:
+    return DenseState(tokens.key[:, start:stop], tokens.value[:, start:stop])
+
+
+def _copy(tokens: DenseState) -> DenseState:
+    return DenseState(tokens.key.copy(), tokens.value.copy())
+
+
+def _joined(old: DenseState, k_HND: FloatArray, v_HND: FloatArray) -> DenseState:
+    if not k_HND.shape[1]:
+        return old
+    return DenseState(np.concatenate((old.key, k_HND), axis=1), np.concatenate((old.value, v_HND), axis=1))
 
 
 def _side_nbytes(side: QuantizedBlock | FloatArray) -> int:

@@ -1,188 +1,127 @@
-"""One cache of the NumPy backend, and the step that is open on it: tickets, commit, rollback, poison, supersede.
+"""The step that is open on one cache or several: what its nodes have appended, commit, poison, supersede.
 
 A step works on immutable rows: it collects new ones beside the committed ones, which are replaced all at once when
-the last of the model's nodes has run. So a rollback is to forget the step, and costs nothing to prepare.
+the last of the model's nodes has run. So a rollback is to forget the step, and costs nothing to prepare. A step covers
+all rows of its caches, in order; it is stale as soon as any of them has gone on without it.
 Nothing here locks; the store does.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from typing import NoReturn
 
 from ...errors import CacheError
-from ...spec import COMMITTED_LENGTH, SdpaAttributes, StepAttributes
-from ..backend import CacheState, RowState, SlotState, make_ticket
-from .rows import crop, row_length
+from ...spec import ALL_NEW, SELF, SdpaAttributes, StepAttributes
+from ..backend import CacheState, RowState, SlotState
+from .caches import ROW_OPTIONS, NumpyCache
+from .rows import free, row_length
 
-ROW_OPTIONS = ("kind", "k_bits", "v_bits", "block_tokens", "v_group_size", "residual_length", "sink_length")
 
-
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False, weakref_slot=True)
 class Step:
-    """What the nodes of one run have appended so far; `error` is set once one of them failed."""
+    """What the nodes of one run have appended so far, over the rows of `caches`; `error` once one of them failed.
+
+    rows: None where nobody knows how many an empty cache will have. past: tokens of each row, (0,) for an empty cache.
+    new: of each row, or one number for all; -1 = all that a node is given. padded: the most new tokens, as the nodes
+    get them.
+    """
 
     ticket: int
-    past_length: int
+    caches: tuple[NumpyCache, ...]
     attributes: StepAttributes
+    rows: int | None
+    past: tuple[int, ...]
+    new: tuple[int, ...]
     pending: dict[int, SlotState] = field(default_factory=dict)
-    new_tokens: int | None = None
+    windows: dict[int, set[int]] = field(default_factory=dict)
+    padded: int | None = None
     nodes_done: int = 0
     error: BaseException | None = None
 
+    def past_of(self, row: int) -> int:
+        """Tokens of a row before the step."""
+        return self.past[row] if len(self.past) > 1 else self.past[0]
 
-@dataclass(slots=True)
-class NumpyCache:
-    """Committed state of one handle, and its open step."""
+    def new_of(self, row: int, given: int) -> int:
+        """New tokens of a row, of those that a node is `given`."""
+        new = self.new[row] if len(self.new) > 1 else self.new[0]
+        return given if new == ALL_NEW else new
 
-    handle: int
-    state: CacheState
-    step: Step | None = None
-    sequence: int = 0
+    def held(self, attributes: SdpaAttributes) -> tuple[RowState | None, ...]:
+        """The slot's rows as they stand within the step, None for one that holds nothing; () if none does.
 
-    def open_step(self, past_length: int, attributes: StepAttributes) -> Step:
-        """Crop to past_length, and open a step there. Raises CacheError."""
-        bound = self.state.step
-        if bound is not None and bound != attributes:
-            raise CacheError(
-                f"cache {self.handle}: expected model {bound.model_id} ({bound.layers} nodes), to which it belongs, "
-                f"got {attributes.model_id} ({attributes.layers} nodes); use a new cache for each model"
-            )
-        self._check_nodes()
-        length = self.state.length if past_length == COMMITTED_LENGTH else past_length
-        if not 0 <= length <= self.state.length:
-            raise CacheError(
-                f"cache {self.handle}: past_length: expected {COMMITTED_LENGTH} or 0 to {self.state.length}, the "
-                f"tokens it holds, got {past_length}"
-            )
-        self.crop(length)
-        self.state = replace(self.state, step=attributes)
-        self.step = Step(make_ticket(self.handle, self.sequence), length, attributes)
-        return self.step
+        Raises CacheError if the slot was made with other options.
+        """
+        if attributes.slot in self.pending:
+            self._check_options(self.caches[0], self.pending[attributes.slot].attributes, attributes)
+            return self.pending[attributes.slot].rows
+        rows: list[RowState | None] = []
+        for cache in self.caches:
+            slot = next((s for s in cache.state.slots if s.attributes.slot == attributes.slot), None)
+            if slot is not None:
+                self._check_options(cache, slot.attributes, attributes)
+            rows += slot.rows if slot is not None and slot.rows else [None] * max(len(cache.state.lengths), 1)
+        return tuple(rows) if any(row is not None for row in rows) else ()
 
-    def current_step(self, ticket: int) -> Step:
-        """The open step, if `ticket` is its ticket and no node of it failed. Raises CacheError."""
-        step = self.step
-        if step is not None and step.ticket == ticket:
-            if step.error is None:
-                return step
-            raise CacheError(f"cache {self.handle}: an earlier node of this step failed: {step.error}") from step.error
-        if step is None and ticket == make_ticket(self.handle, self.sequence) and self.state.step is not None:
-            raise CacheError(
-                f"cache {self.handle}: expected {self.state.step.layers} nodes to take this step's ticket, got one "
-                "more; rewrite the original model again"
-            )
-        raise CacheError(
-            f"cache {self.handle}: expected the ticket of its open step, got a stale one: another run on this handle "
-            "started, or the cache was changed, during this run; give each of the runs its own cache"
-        )
+    def note(self, attributes: SdpaAttributes, rows: tuple[RowState, ...], new_tokens: int) -> None:
+        """Note that a node has run, and what it leaves in its slot. The last node commits. Raises CacheError."""
+        index = attributes.slot
+        self.windows.setdefault(index, set()).add(attributes.window)
+        if new_tokens:
+            if attributes.kind == SELF:
+                if index in self.pending:
+                    self._refuse_slot(index, "expected new tokens once per step, got them twice")
+                if self.padded not in (None, new_tokens):
+                    self._refuse_slot(
+                        index, f"expected {self.padded} new tokens, as the step's other slots, got {new_tokens}"
+                    )
+                self.padded = new_tokens
+            first = next((s for s in self.caches[0].state.slots if s.attributes.slot == index), None)
+            self.pending[index] = SlotState(attributes if first is None else first.attributes, rows)
+        self.nodes_done += 1
+        if self.nodes_done == self.attributes.layers:
+            self._commit()
 
-    def slot(self, step: Step, attributes: SdpaAttributes) -> SlotState:
-        """The slot as it stands within the step. Raises CacheError if it was made with other options."""
-        slots = {s.attributes.slot: s for s in self.state.slots} | step.pending
-        slot = slots.get(attributes.slot) or SlotState(attributes, ())
+    def _commit(self) -> None:
+        batch = {len(slot.rows) for slot in self.pending.values()} | ({self.rows} if self.rows else set())
+        if len(batch) > 1:
+            self.caches[0].refuse(f"expected as many rows in each slot, got {sorted(batch)}")
+        count = next(iter(batch), 0)
+        lengths = tuple(self.past_of(b) + self.new_of(b, self.padded or 0) for b in range(count))
+        if self.padded is None:
+            lengths = tuple(map(self.past_of, range(count)))
+        states = [self._committed(cache, lengths, n) for n, cache in enumerate(self.caches)]
+        for cache, state in zip(self.caches, states, strict=True):
+            cache.state, cache.step = state, None
+
+    def _committed(self, cache: NumpyCache, lengths: tuple[int, ...], place: int) -> CacheState:
+        """What a cache holds once the step is done. Raises CacheError."""
+        own = slice(place, place + 1) if len(self.caches) > 1 else slice(None)
+        pending = {i: SlotState(slot.attributes, slot.rows[own]) for i, slot in self.pending.items()}
+        slots = {s.attributes.slot: s for s in cache.state.slots} | pending
+        for index, slot in slots.items():
+            if slot.attributes.kind == SELF:
+                for row, length in zip(slot.rows, lengths[own], strict=True):
+                    if (held := row_length(row, slot.attributes.block_tokens)) != length:
+                        self._refuse_slot(index, f"expected {length} tokens at the end of the step, got {held}")
+        kept = tuple(self._freed(slots[i]) for i in sorted(slots))
+        return replace(cache.state, lengths=lengths[own], slots=kept)
+
+    def _freed(self, slot: SlotState) -> SlotState:
+        """The slot without what no node will see again, if all its nodes have one window."""
+        if slot.attributes.kind != SELF or self.windows.get(slot.attributes.slot) != {slot.attributes.window}:
+            return slot
+        return replace(slot, rows=tuple(free(row, slot.attributes) for row in slot.rows))
+
+    def _check_options(self, cache: NumpyCache, made: SdpaAttributes, asked: SdpaAttributes) -> None:
         for name in ROW_OPTIONS:
-            expected, got = getattr(slot.attributes, name), getattr(attributes, name)
+            expected, got = getattr(made, name), getattr(asked, name)
             if expected != got:
                 raise CacheError(
-                    f"slot {attributes.slot} of cache {self.handle}: {name}: expected {expected}, with which it was "
-                    f"made, got {got}; use a new cache"
+                    f"slot {asked.slot} of cache {cache.handle}: {name}: expected {expected}, with which it was made, "
+                    f"got {got}; use a new cache"
                 )
-        return slot
 
-    def append(self, step: Step, slot: SlotState, new_tokens: int) -> None:
-        """Note that a node has run, and the slot that it leaves. The last node commits. Raises CacheError."""
-        index = slot.attributes.slot
-        if new_tokens:
-            if slot.attributes.kind == "self":
-                if index in step.pending:
-                    raise CacheError(
-                        f"slot {index} of cache {self.handle}: expected new tokens once per step, got them twice"
-                    )
-                if step.new_tokens not in (None, new_tokens):
-                    raise CacheError(
-                        f"slot {index} of cache {self.handle}: expected {step.new_tokens} new tokens, as the step's "
-                        f"other slots, got {new_tokens}"
-                    )
-                step.new_tokens = new_tokens
-            step.pending[index] = slot
-        step.nodes_done += 1
-        if step.nodes_done == step.attributes.layers:
-            self._commit(step)
-
-    def crop(self, length: int) -> None:
-        """Keep the first `length` tokens of the slots that grow, and end the open step. Raises CacheError."""
-        if not 0 <= length <= self.state.length:
-            raise CacheError(
-                f"cache {self.handle}: crop: expected a length of 0 to {self.state.length}, the tokens it holds, "
-                f"got {length}"
-            )
-
-        def cropped(slot: SlotState) -> tuple[RowState, ...]:
-            if slot.attributes.kind == "cross":
-                return slot.rows
-            return tuple(crop(row, slot.attributes, length) for row in slot.rows) if length else ()
-
-        self.end_step()
-        if length < self.state.length:
-            self._replace_rows(cropped)
-            self.state = replace(self.state, length=length)
-
-    def reset(self) -> None:
-        """Drop all tokens and end the open step."""
-        self.end_step()
-        self._replace_rows(lambda _: ())
-        self.state = replace(self.state, length=0)
-
-    def reorder(self, index: list[int]) -> None:
-        """Row i becomes the old row index[i], and the open step ends. Raises CacheError."""
-        rows = max((len(slot.rows) for slot in self.state.slots), default=0)
-        if not index or not all(0 <= i < rows for i in index):
-            raise CacheError(
-                f"cache {self.handle}: reorder: expected one or more row numbers from 0 to {rows - 1}, got {index}"
-                if rows
-                else f"cache {self.handle}: reorder: expected a cache that holds tokens, got an empty one"
-            )
-        self.end_step()
-        self._replace_rows(lambda slot: tuple(slot.rows[i] for i in index) if slot.rows else ())
-
-    def end_step(self) -> None:
-        """Make the ticket of an open step stale, and drop what it appended."""
-        self.step = None
-        self.sequence += 1
-
-    def _replace_rows(self, rows_of: Callable[[SlotState], tuple[RowState, ...]]) -> None:
-        self.state = replace(
-            self.state, slots=tuple(SlotState(slot.attributes, rows_of(slot)) for slot in self.state.slots)
-        )
-
-    def _check_nodes(self) -> None:
-        """Raise CacheError, once, if the last step was left with nodes missing, and all of them have never run.
-
-        A model that says more nodes than it has would otherwise run on, and forget every step. Whether such a run ended
-        or was stopped can't be seen here; where a step has committed before, it was stopped.
-        """
-        step = self.step
-        if self.state.slots or step is None or step.error is not None or step.nodes_done == 0:
-            return
-        self.end_step()
-        raise CacheError(
-            f"cache {self.handle}: expected the last run to end, but {step.nodes_done} of {step.attributes.layers} "
-            "nodes ran; if it was stopped, run again, else rewrite the original model again"
-        )
-
-    def _commit(self, step: Step) -> None:
-        length = step.past_length + (step.new_tokens or 0)
-        slots: Mapping[int, SlotState] = {s.attributes.slot: s for s in self.state.slots} | step.pending
-        for index, slot in slots.items():
-            held = {row_length(row, slot.attributes.block_tokens) for row in slot.rows}
-            if slot.attributes.kind == "self" and held - {length}:
-                raise CacheError(
-                    f"slot {index} of cache {self.handle}: expected {length} tokens at the end of the step, "
-                    f"got {max(held)}"
-                )
-        batches = sorted({len(slot.rows) for slot in slots.values() if slot.rows})
-        if len(batches) > 1:
-            raise CacheError(f"cache {self.handle}: expected as many rows in each slot, got {batches}")
-        self.state = replace(self.state, length=length, slots=tuple(slots[i] for i in sorted(slots)))
-        self.step = None
+    def _refuse_slot(self, slot: int, what: str) -> NoReturn:
+        raise CacheError(f"slot {slot} of cache {self.caches[0].handle}: {what}")

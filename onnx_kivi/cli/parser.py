@@ -20,9 +20,10 @@ from rich.console import Console
 
 from .. import __version__
 from ..errors import KiviError
-from ..progress import Progress, progress_bar
+from ..progress import Progress
 from ..spec import BITS
 from . import commands
+from .progress_bar import progress_bar
 
 Run = Callable[[argparse.Namespace, Progress], commands.Outcome]
 

@@ -11,7 +11,6 @@ from weakref import WeakKeyDictionary
 import onnxruntime as ort
 
 from ..errors import BackendUnavailableError, ConfigError
-from . import python_host
 from .backend import Backend
 from .select import get_backend
 
@@ -54,7 +53,7 @@ def register(options: ort.SessionOptions, *, host: str = "auto", backend: str = 
     if server == "native":
         _native().register(options)
     else:
-        python_host.register(options, chosen.name)
+        _python().register(options, chosen.name)
     _servers[options] = asked
 
 
@@ -62,7 +61,7 @@ def take_error(host: str, handle: int, failure: Exception | None) -> BaseExcepti
     """What the op refused in the last run on `handle`, if anything; `failure` is what onnxruntime raised."""
     error: BaseException | None
     if host == "python":
-        error = python_host.take_error(handle)
+        error = _python().take_error(handle)
     else:
         error = None if failure is None else _native().error_from(failure)
     return error
@@ -106,6 +105,13 @@ def describe() -> dict[str, Any]:
             "threads": native.thread_count(),
         }
     return facts | {name: version(name) for name in ("onnx", "onnxruntime", "onnxruntime_extensions", "numpy")}
+
+
+def _python() -> ModuleType:
+    """The Python host, imported when it serves: onnxruntime-extensions imports transformers where that is installed."""
+    from . import python_host
+
+    return python_host
 
 
 def _native() -> ModuleType:

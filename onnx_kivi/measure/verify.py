@@ -21,10 +21,11 @@ from ..progress import Progress, silent
 from ..rewrite.inspector import inspect
 from ..rewrite.report import Report
 from ..rewrite.rewriter import dense
+from ..run.generate import check_seed
 from ..run.session import NotRewrittenError
-from ..run.stepper import ENCODER_TOKENS
 from ..spec import CROSS, DENSE_BITS, DOMAIN, QUANTIZED_KV_SDPA, SdpaAttributes
 from .replay import Divergence, Reference
+from .synthetic import ENCODER_TOKENS
 
 DENSE_PROMPTS = (24, 8)
 # Rounding: ten times what onnxruntime's own optimizations change, within (floor, ceiling) of the logits' range.
@@ -96,6 +97,7 @@ def verify(
     for name, value in (("prompt", prompt), ("steps", steps), ("batch", batch)):
         if value is not None and value < 1:
             raise ConfigError(f"{name}: expected an integer >= 1, got {value}")
+    check_seed(seed)
     slots = _slots(rewritten)
     report = report or inspect(original, cross=any(a.kind == CROSS for a in slots))
     quantized = [a for a in slots if min(a.k_bits, a.v_bits) < DENSE_BITS]

@@ -287,8 +287,11 @@ def test_what_onnxruntime_refuses_is_one_line(tmp_path: Path, rewritten: Callabl
     tokenizers = pytest.importorskip("tokenizers", exc_type=ImportError)
     vocabulary = {"Once": 70000, "[UNK]": 0}
     tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
     tokenizer.save(str(tmp_path / "tokenizer.json"))
-    code, _, errors = run("generate", rewritten(8), "--tokenizer", tmp_path, "--prompt", "Once")
+    (tmp_path / "text").write_text("Once " * 8)
+    args = ("--tokenizer", tmp_path, "--text", tmp_path / "text", "--window", 8)
+    code, _, errors = run("ppl", rewritten(8), *args)
     assert code == 2
     assert "Traceback" not in errors
     assert "70000" in errors

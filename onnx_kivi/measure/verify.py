@@ -33,7 +33,7 @@ ROUNDING = {"float": (1e-4, 1e-3), "float16": (5e-3, 2e-2), "bfloat16": (2e-2, 1
 # Inside a model that rounds activations to 8 bits, a last bit of difference can move one by a whole step of 1/127.
 INT8_ROUNDING = (2e-2, 5e-2)
 # Quantization: (mean KL in nats, top-1 agreement) that a sound cache of so many bits keeps even on random weights,
-# whose logits are nearly tied; trained models stay far below (README, "Quality").
+# whose logits are nearly tied; trained models stay far below (README, "What to expect").
 LIMITS = {8: (1e-3, 0.9), 4: (0.1, 0.5), 2: (1.5, 0.2)}
 
 

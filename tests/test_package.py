@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -63,3 +65,40 @@ def test_the_name_rewrite_is_the_function_whatever_was_imported_before(first: st
         f"import onnx_kivi, {first}\nassert onnx_kivi.rewrite.__name__ == 'rewrite'\nassert callable(onnx_kivi.rewrite)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def uncompiled(folder: Path) -> Path:
+    """A folder that holds the package without what is compiled."""
+    source = Path(kivi.__file__).parent
+    shutil.copytree(source, folder / "onnx_kivi", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    return folder
+
+
+def reason(folder: Path) -> str:
+    """Why a Python that is started in `folder` has no native backend."""
+    code = """import onnx_kivi
+from onnx_kivi.runtime.select import get_backend
+try:
+    get_backend("native")
+except onnx_kivi.BackendUnavailableError as error:
+    print(error)"""
+    clean = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTHONSAFEPATH")}
+    command = [sys.executable, "-c", code]
+    return subprocess.run(command, cwd=folder, env=clean, check=True, capture_output=True, text=True).stdout.strip()
+
+
+def test_a_package_that_was_not_compiled_asks_for_a_compiler(tmp_path: Path) -> None:
+    said = reason(uncompiled(tmp_path))
+    assert "expected the compiled module onnx_kivi._native, got" in said
+    assert "install a C++ compiler" in said
+
+
+def test_the_source_tree_says_that_it_is_one(tmp_path: Path) -> None:
+    root = uncompiled(tmp_path)
+    (root / "pyproject.toml").touch()
+    (root / "custom_ops").mkdir()
+    said = reason(root)
+    assert f"got the source tree at {root}, not the installed package" in said
+    assert "run from another folder or set PYTHONSAFEPATH=1" in said
+    assert "compiler" not in said
+    assert len(said.splitlines()) == 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -143,7 +144,8 @@ def test_info(run: Run) -> None:
 
 
 def test_help_has_an_example(run: Run) -> None:
-    for command in ("inspect", "rewrite", "verify", "generate", "ppl", "bench", "kernel-bench", "demo", "info"):
+    benches = ("bench", "kernel-bench", "host-bench")
+    for command in ("inspect", "rewrite", "verify", "generate", "ppl", *benches, "demo", "info"):
         code, out, _ = run(command, "--help")
         assert code == 0
         assert f"example: onnx-kivi {command}" in " ".join(out.split())
@@ -170,6 +172,13 @@ def test_kernel_bench_rows(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     data = json_of(run("kernel-bench", *args, "--json"))
     assert set(data["ratios"]) == {"concat", "gqa_f32", "gqa_int8", "gqa_int4", "stream"}
     assert all(row["ms"] > 0 and row["gb_per_s"] > 0 for row in data["rows"])
+
+
+def test_host_bench_rows(run: Run) -> None:
+    rows = json_of(run("host-bench", "--turns", 2, "--json"))["rows"]
+    assert [row["host"] for row in rows] == describe()["hosts"]
+    assert all(math.isfinite(row["us_per_node"]) for row in rows)
+    assert run("host-bench", "--turns", 0)[0] == 2
 
 
 def old_file(tmp_path: Path) -> Path:

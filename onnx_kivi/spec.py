@@ -3,13 +3,14 @@
 Node construction, the host's declaration, validation, the tests' shapes and the README's op table
 are all derived from the tables below. Dimension letters: B batch, Hq query heads, Hkv key/value
 heads (Hq % Hkv == 0), S new tokens, N tokens given to append (S, or 0 to attend only), P past
-tokens, T = P + N, Dk key head size, Dv value head size.
+tokens, T = P + N, Dk key head size, Dv value head size. S and N may be 0; B, Hq, Hkv, Dk and Dv are 1 to MAX_SIZE.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, Self
@@ -34,6 +35,9 @@ CROSS = "cross"
 DENSE_BITS = 32
 BITS = (2, 4, 8, DENSE_BITS)
 MAX_BLOCK_TOKENS = 1024
+MAX_LAYERS = MAX_SLOT = MAX_SINK_LENGTH = MAX_SIZE = 1 << 16
+MAX_RESIDUAL_LENGTH = MAX_V_GROUP_SIZE = 1 << 20
+MAX_WINDOW = 1 << 40
 
 Wire = Literal["int", "string"]
 Element = Literal["float", "int64"]
@@ -99,14 +103,19 @@ class _NodeAttributes:
     def from_wire(cls, values: Mapping[str, int | str | bytes]) -> Self:
         """Parse and validate a node's attributes (missing ones take their default).
 
-        Raises SpecMismatchError for another spec version, ConfigError for anything else.
+        An int may also be given as its decimal digits, because that is how it reaches a Python op. Raises
+        SpecMismatchError for another spec version, ConfigError for anything else.
         """
-        version = int(values.get("spec_version", SPEC_VERSION))
+        version = _from_wire("spec_version", "int", values.get("spec_version", SPEC_VERSION))
         if version != SPEC_VERSION:
             raise SpecMismatchError(
                 f"spec_version: expected {SPEC_VERSION}, got {version}; "
                 "rewrite the original model with this version of onnx_kivi"
             )
+        names = [f.name for f in dataclasses.fields(cls)]  # type: ignore[arg-type]
+        for name in values:
+            if name not in names:
+                raise ConfigError(f"attribute {name}: expected one of {', '.join(names)}, got an unknown one")
         parsed: dict[str, Any] = {}
         for f in dataclasses.fields(cls):  # type: ignore[arg-type]
             if f.name in values:
@@ -120,12 +129,28 @@ def _to_wire(value: int | float | str) -> int | str:
     return repr(value) if isinstance(value, float) else value
 
 
-def _from_wire(name: str, kind: str, value: int | str | bytes) -> int | float | str:
-    text = value.decode() if isinstance(value, bytes) else value
-    try:
-        return int(text) if kind == "int" else float(text) if kind == "float" else str(text)
-    except ValueError:
-        raise ConfigError(f"attribute {name}: expected {kind}, got {text!r}") from None
+_INTEGER = re.compile(r"-?[0-9]{1,18}")
+_DECIMAL = re.compile(r"-?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)?")
+_WIRE_NAMES = {"int": "int", "float": "float", "str": "string"}
+
+
+def _from_wire(name: str, kind: str, value: object) -> Any:
+    text = value.decode(errors="surrogateescape") if isinstance(value, bytes) else value
+    if kind == "int" and isinstance(text, int) and not isinstance(text, bool):
+        return text
+    if kind == "int" and isinstance(text, str) and _INTEGER.fullmatch(text):
+        return int(text)
+    if kind == "float" and isinstance(text, str) and _DECIMAL.fullmatch(text) and _is_near_a_double(text):
+        return float(text)
+    if kind == "str" and isinstance(text, str):
+        return text
+    raise ConfigError(f"attribute {name}: expected {_WIRE_NAMES[kind]}, got {text!r}")
+
+
+def _is_near_a_double(decimal: str) -> bool:
+    """Neither beyond the largest one, nor another number than 0 that rounds to it."""
+    digits = re.split("[eE]", decimal)[0].strip("-0.")
+    return math.isfinite(float(decimal)) and (float(decimal) != 0 or not digits)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -138,8 +163,10 @@ class StepAttributes(_NodeAttributes):
 
     def __post_init__(self) -> None:
         if not self.model_id:
-            raise ConfigError("model_id: expected a non-empty string")
-        _at_least("layers", self.layers, 1)
+            raise ConfigError("model_id: expected a non-empty string, got ''")
+        if not (self.model_id.isascii() and self.model_id.isprintable()):
+            raise ConfigError("model_id: expected printable ASCII characters, got others")
+        _between("layers", self.layers, 1, MAX_LAYERS)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -162,18 +189,18 @@ class SdpaAttributes(_NodeAttributes):
     spec_version: int = _attribute("version of this table", SPEC_VERSION)
 
     def __post_init__(self) -> None:
-        _at_least("slot", self.slot, 0)
+        _between("slot", self.slot, 0, MAX_SLOT)
         check_store_options(
             self.k_bits, self.v_bits, self.block_tokens, self.v_group_size, self.residual_length, self.sink_length
         )
         _one_of("kind", self.kind, (SELF, CROSS))
         _one_of("is_causal", self.is_causal, (0, 1))
         _one_of("nan_to_zero", self.nan_to_zero, (0, 1))
-        _at_least("window", self.window, 0)
+        _between("window", self.window, 0, MAX_WINDOW)
         if not math.isfinite(self.scale):
-            raise ConfigError(f"scale: expected a finite number, got {self.scale}")
+            raise ConfigError(f"scale: expected a finite number, got {self.scale:g}")
         if not (math.isfinite(self.softcap) and self.softcap >= 0):
-            raise ConfigError(f"softcap: expected a finite number >= 0, got {self.softcap}")
+            raise ConfigError(f"softcap: expected a finite number >= 0, got {self.softcap:g}")
 
 
 def check_store_options(
@@ -182,17 +209,15 @@ def check_store_options(
     """Raise ConfigError unless the quantization options are ones that the op knows."""
     _one_of("k_bits", k_bits, BITS)
     _one_of("v_bits", v_bits, BITS)
-    _at_least("block_tokens", block_tokens, 1)
-    if block_tokens > MAX_BLOCK_TOKENS:
-        raise ConfigError(f"block_tokens: expected at most {MAX_BLOCK_TOKENS}, got {block_tokens}")
-    _at_least("v_group_size", v_group_size, 0)
-    _at_least("residual_length", residual_length, 0)
-    _at_least("sink_length", sink_length, 0)
+    _between("block_tokens", block_tokens, 1, MAX_BLOCK_TOKENS)
+    _between("v_group_size", v_group_size, 0, MAX_V_GROUP_SIZE)
+    _between("residual_length", residual_length, 0, MAX_RESIDUAL_LENGTH)
+    _between("sink_length", sink_length, 0, MAX_SINK_LENGTH)
 
 
-def _at_least(name: str, value: int, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ConfigError(f"{name}: expected an integer >= {least}, got {value!r}")
+def _between(name: str, value: int, least: int, most: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
+        raise ConfigError(f"{name}: expected an integer from {least} to {most}, got {value!r}")
 
 
 def _one_of(name: str, value: object, allowed: tuple[object, ...]) -> None:
@@ -246,6 +271,7 @@ QUANTIZED_KV_SDPA = OpSpec(
 )
 
 OPS = (KV_CACHE_STEP, QUANTIZED_KV_SDPA)
+COUNTED = ("B", "Hq", "Hkv", "Dk", "Dv")
 
 
 def check_shapes(
@@ -266,10 +292,18 @@ def check_shapes(
                 dims.setdefault("T", dims["P"] + dims["N"])
             expected = int(letter) if letter.isdigit() else dims.setdefault(letter, size)
             ok = ok and (size == expected or (spec.broadcast and size == 1))
-        if not ok:
+        if ok:
+            _check_sizes(f"{where}: {spec.name}", spec.shape, shape)
+        else:
             expected_text = ", ".join(f"{d}={dims[d]}" if d in dims else d for d in spec.shape)
             alternative = " (each may be 1)" if spec.broadcast else ""
             raise CacheError(f"{where}: {spec.name}: expected shape ({expected_text}){alternative}, got {shape}")
+
+
+def _check_sizes(where: str, letters: tuple[str, ...], shape: tuple[int, ...]) -> None:
+    for letter, size in zip(letters, shape, strict=True):
+        if letter in COUNTED and not 1 <= size <= MAX_SIZE:
+            raise CacheError(f"{where}: expected {letter} from 1 to {MAX_SIZE}, got shape {shape}")
 
 
 def op_table() -> str:

@@ -1,8 +1,7 @@
 // The functions of include/onnx_kivi.h over the store.
-#include "../include/onnx_kivi.h"
-
 #include <string>
 
+#include "../include/onnx_kivi.h"
 #include "../store/kernel_choice.hpp"
 #include "../store/store.hpp"
 

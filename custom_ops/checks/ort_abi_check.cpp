@@ -18,7 +18,7 @@ struct Plain {
     using Type = T;
 };
 template <class T>
-    requires std::is_enum_v<T>
+requires std::is_enum_v<T>
 struct Plain<T> {
     static_assert(sizeof(T) == sizeof(int32_t));
     using Type = int32_t;
@@ -75,7 +75,7 @@ CHECK_FUNCTION(ShapeInferContext_SetOutputTypeShape);
 CHECK_FUNCTION(SetSymbolicDimensions);
 CHECK_FUNCTION(KernelContext_ParallelFor);
 
-#define CHECK_FIELD(ours, theirs, name)                          \
+#define CHECK_FIELD(ours, theirs, name)                                   \
     static_assert(offsetof(ours, name) == offsetof(theirs, name), #name); \
     static_assert(std::is_same_v<plain<decltype(theirs::name)>, decltype(ours::name)>, #name)
 

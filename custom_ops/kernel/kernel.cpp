@@ -1,6 +1,6 @@
 // One ISA level: compiled once per level, with KIVI_ISA its name.
-#include "attend.hpp"
 #include "encode.hpp"
+#include "tasks.hpp"
 
 #define KIVI_QUOTE(name) #name
 #define KIVI_STRING(name) KIVI_QUOTE(name)

@@ -4,7 +4,7 @@
 #include <string>
 #include <vector>
 
-#include "../store/error.hpp"
+#include "../store/attributes.hpp"
 #include "ort_abi.hpp"
 
 namespace onnx_kivi::ort {
@@ -80,36 +80,79 @@ T* output(const OrtApi* api, OrtKernelContext* context, std::size_t index, const
     return static_cast<T*>(data);
 }
 
-// Attributes of a node. Those that it lacks keep their defaults; throws Error(config) if one has none.
-template <class Attributes, class Parse>
-Attributes read_attributes(const OrtApi* api, const OrtKernelInfo* info, const Parse& parse) {
+// The message of a status, which it releases; empty for success.
+inline std::string take_message(const OrtApi* api, OrtStatus* status) {
+    if (status == nullptr) return "";
+    const std::string message = call<GetErrorMessage>(api, status);
+    call<ReleaseStatus>(api, status);
+    return message;
+}
+
+// Reads one attribute. The C API says in words only whether one is absent or of another type: so a name that no node
+// has is asked for too, and what onnxruntime says of that is what it says of an absent one.
+class AttributeReader {
+public:
+    AttributeReader(const OrtApi* api, const OrtKernelInfo* info) : api_(api), info_(info) {}
+
+    bool read(const char* name, int64_t& value) const {
+        int64_t found = 0;
+        OrtStatus* status = call<KernelInfoGetAttribute_int64>(api_, info_, name, &found);
+        if (!is_there(name, "int", status)) return false;
+        value = found;
+        return true;
+    }
+
+    bool read(const char* name, std::string& text) const {
+        std::size_t size = 0;
+        OrtStatus* status = get_string(name, nullptr, &size);
+        if (!is_there(name, "string", status)) return false;
+        text.resize(size);
+        check(get_string(name, text.data(), &size));
+        text.resize(size > 0 ? size - 1 : 0);  // without the terminating zero
+        return true;
+    }
+
+    bool read(const char* name, double& value) const {
+        std::string text;
+        if (!read(name, text)) return false;
+        value = parse_decimal(name, text);
+        return true;
+    }
+
+private:
+    OrtStatus* get_string(const char* name, char* text, std::size_t* size) const {
+        return call<KernelInfoGetAttribute_string>(api_, info_, name, text, size);
+    }
+
+    bool is_there(const char* name, const char* type, OrtStatus* status) const {
+        if (status == nullptr) return true;
+        const std::string nobody = "onnx_kivi_no_such_attribute";
+        std::size_t size = 0;
+        std::string absent = take_message(api_, get_string(nobody.c_str(), nullptr, &size));
+        if (const auto at = absent.find(nobody); at != std::string::npos) absent.replace(at, nobody.size(), name);
+        if (take_message(api_, status) != absent) refuse_type(name, type, "another type");
+        return false;
+    }
+
+    const OrtApi* api_;
+    const OrtKernelInfo* info_;
+};
+
+// Valid attributes of a node. Those that it lacks keep their defaults. Throws Error(config) if one has none, or is of
+// another type, and as `validate` does.
+template <class Attributes>
+Attributes read_attributes(const OrtApi* api, const OrtKernelInfo* info) {
+    const AttributeReader reader(api, info);
     Attributes attributes;
     int index = 0;
     Attributes::fields(attributes, [&](const char* name, auto& member) {
-        OrtStatus* status = nullptr;
-        if constexpr (std::is_same_v<decltype(member), int64_t&>) {
-            int64_t value = 0;
-            status = call<KernelInfoGetAttribute_int64>(api, info, name, &value);
-            if (status == nullptr) member = value;
-        } else {
-            std::size_t size = 0;
-            status = call<KernelInfoGetAttribute_string>(api, info, name, static_cast<char*>(nullptr), &size);
-            if (status == nullptr) {
-                std::string text(size, '\0');
-                check(call<KernelInfoGetAttribute_string>(api, info, name, text.data(), &size));
-                text.resize(size > 0 ? size - 1 : 0);  // without the terminating zero
-                parse(name, text, member);
-            }
-        }
-        if (status != nullptr) {
-            call<ReleaseStatus>(api, status);
-            if (index < Attributes::REQUIRED) {
-                throw Error(ErrorKind::config,
-                            std::string("attribute ") + name + ": missing; rewrite the original model again");
-            }
+        if (!reader.read(name, member) && index < Attributes::REQUIRED) {
+            throw Error(ErrorKind::config,
+                        std::string("attribute ") + name + ": missing; rewrite the original model again");
         }
         ++index;
     });
+    validate(attributes);
     return attributes;
 }
 

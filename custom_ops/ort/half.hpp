@@ -17,7 +17,7 @@ inline uint16_t to_bfloat16(float x) {
 
 inline float from_float16(uint16_t x) {
     const uint32_t magnitude = uint32_t{x} << 13 & 0x0fffe000;
-    const float scaled = std::bit_cast<float>(magnitude) * 0x1p112F;  // normals and subnormals alike
+    const float scaled = std::bit_cast<float>(magnitude) * 0x1p112F;    // normals and subnormals alike
     const uint32_t special = magnitude >= 0x0f800000 ? 0x7f800000 : 0;  // infinity and NaN
     return std::bit_cast<float>(std::bit_cast<uint32_t>(scaled) | special | (uint32_t{x} & 0x8000) << 16);
 }

@@ -21,8 +21,7 @@ public:
         : api_(api), context_(context), threads_(threads) {}
     int threads() const override { return threads_; }
     void run(std::size_t count, void (*task)(void*, std::size_t), void* context) override {
-        OrtStatus* status =
-            call<KernelContext_ParallelFor>(api_, context_, task, count, std::size_t{0}, context);
+        OrtStatus* status = call<KernelContext_ParallelFor>(api_, context_, task, count, std::size_t{0}, context);
         if (status == nullptr) return;
         const std::string message = call<GetErrorMessage>(api_, status);
         call<ReleaseStatus>(api_, status);
@@ -69,15 +68,29 @@ void set_common(Op& op, const OrtApi* api) {
     op.GetEndVersion = [](const CustomOp*) { return INT32_MAX; };
 }
 
+// Over all sessions of the process: QuantizedKvSdpa nodes, and how many their models say they have.
+std::atomic<int64_t> nodes_served{0}, nodes_expected{0};
+
+// Adds to a count for as long as it lives.
+class Counted {
+public:
+    Counted(std::atomic<int64_t>& count, int64_t amount) : count_(count), amount_(amount) { count_ += amount_; }
+    ~Counted() { count_ -= amount_; }
+    Counted(const Counted&) = delete;
+    Counted& operator=(const Counted&) = delete;
+
+private:
+    std::atomic<int64_t>& count_;
+    const int64_t amount_;
+};
+
 // KvCacheStep. Each kernel, so each session, has a default cache of its own.
 class StepKernel {
 public:
     StepKernel(const CustomOp&, const OrtApi* api, const OrtKernelInfo* info)
-        : api(api), attributes_(read_attributes<StepAttributes>(api, info, [](const char*, auto& text, auto& member) {
-              member = text;
-          })) {
-        validate(attributes_);
-    }
+        : api(api),
+          attributes_(read_attributes<StepAttributes>(api, info)),
+          expected_(nodes_expected, attributes_.layers) {}
     StepKernel(const StepKernel&) = delete;
     StepKernel& operator=(const StepKernel&) = delete;
     ~StepKernel() {
@@ -86,8 +99,8 @@ public:
 
     void compute(OrtKernelContext* context) {
         const int64_t handle = one(context, 0, "cache_handle"), length = one(context, 1, "past_length");
-        const auto [past, ticket] =
-            open_step(handle == DEFAULT_HANDLE ? default_handle() : handle, length, attributes_);
+        const auto [past, ticket] = open_step(handle == DEFAULT_HANDLE ? default_handle() : handle, length, attributes_,
+                                              nodes_served >= nodes_expected);
         *output<int64_t>(api, context, 0, {1}) = past;
         *output<int64_t>(api, context, 1, {1}) = ticket;
     }
@@ -110,10 +123,10 @@ private:
     }
 
     const StepAttributes attributes_;
+    const Counted expected_;
     std::once_flag made_default_;
     int64_t default_handle_ = DEFAULT_HANDLE;
 };
-
 
 // Memory for the f32 forms of float16 tensors, kept for the next call of this thread.
 float* converted(std::size_t which, int64_t count) {
@@ -128,18 +141,11 @@ public:
         : api(api),
           type_(static_cast<const Op&>(op).type),
           threads_(default_threads()),
-          attributes_(read_attributes<SdpaAttributes>(api, info, [](const char* name, auto& text, auto& member) {
-              if constexpr (std::is_same_v<decltype(member), double&>) {
-                  member = parse_decimal(name, text);
-              } else {
-                  member = text;
-              }
-          })) {
-        validate(attributes_);
-    }
+          attributes_(read_attributes<SdpaAttributes>(api, info)) {}
 
     void compute(OrtKernelContext* context) const {
-        Call call{tensor(context, 0), tensor(context, 1), tensor(context, 2), tensor(context, 3), tensor(context, 4), {}};
+        Call call{tensor(context, 0), tensor(context, 1), tensor(context, 2),
+                  tensor(context, 3), tensor(context, 4), {}};
         const TensorView step = input(api, context, 5);
         if (step.shape != std::vector<int64_t>{1}) {
             throw_cache_error("QuantizedKvSdpa, slot " + std::to_string(attributes_.slot) +
@@ -182,6 +188,7 @@ private:
     const ElementType type_;
     const int threads_;
     const SdpaAttributes attributes_;
+    const Counted served_{nodes_served, 1};
 };
 
 // An input's or output's type, and its shape dimension by dimension, with

@@ -127,13 +127,11 @@ NB_MODULE(_native, m) {
     });
     m.def("attend", attend_arrays);
     m.def("length", [](int64_t handle) { return released<int64_t>([&] { return cache_length(handle); }); });
-    m.def("sealed_tokens", [](int64_t handle) {
-        return released<int64_t>([&] { return sealed_tokens(cache_snapshot(handle)); });
-    });
+    m.def("sealed_tokens",
+          [](int64_t handle) { return released<int64_t>([&] { return sealed_tokens(cache_snapshot(handle)); }); });
     m.def("nbytes", [](int64_t handle) { return released<int64_t>([&] { return nbytes(cache_snapshot(handle)); }); });
-    m.def("dense_nbytes", [](int64_t handle) {
-        return released<int64_t>([&] { return dense_nbytes(cache_snapshot(handle)); });
-    });
+    m.def("dense_nbytes",
+          [](int64_t handle) { return released<int64_t>([&] { return dense_nbytes(cache_snapshot(handle)); }); });
     m.def("crop", [](int64_t handle, int64_t length) { released<void>([&] { crop_cache(handle, length); }); });
     m.def("reset", [](int64_t handle) { released<void>([&] { reset_cache(handle); }); });
     m.def("fork", [](int64_t handle) { return released<int64_t>([&] { return fork_cache(handle); }); });

@@ -3,6 +3,7 @@
 #include <nanobind/stl/string.h>
 
 #include "../store/canonical.hpp"
+#include "../store/import.hpp"
 #include "bind.hpp"
 
 namespace onnx_kivi {
@@ -53,8 +54,8 @@ std::pair<nb::object, SideState> make_side(const SlotLayout& layout, bool dense,
 }
 
 nb::tuple export_row(const SlotLayout& layout, const Row& row) {
-    const auto [sink_key, sink_value] = export_tokens(
-        layout, row.sink_tokens(layout), [&](const TokensState& to) { export_sinks(layout, row, to); });
+    const auto [sink_key, sink_value] =
+        export_tokens(layout, row.sink_tokens(layout), [&](const TokensState& to) { export_sinks(layout, row, to); });
     nb::list blocks;
     for (int64_t i = 0; i < row.sealed_blocks(); ++i) {
         const Block& block = row.block(i);
@@ -82,58 +83,53 @@ nb::tuple export_state(int64_t handle) {
     return nb::make_tuple(step, snapshot.length, slots);
 }
 
-// Arrays that a row's views point into; the tuples hold them for longer than the import takes.
-template <class T>
-T* memory_of(nb::handle array) {
-    return static_cast<T*>(const_cast<void*>(nb::cast<AnyArray>(array).data()));
-}
-
-SideState import_side_state(nb::handle side) {
-    SideState state;
-    if (nb::isinstance<nb::tuple>(side)) {
-        state.quantized = {memory_of<unsigned char>(side[0]), memory_of<uint16_t>(side[1]),
-                           memory_of<uint16_t>(side[2])};
-    } else {
-        state.dense = memory_of<float>(side);
+// Arrays of a state that is being imported, held for as long: a contiguous copy may stand in for what was given.
+class Arrays {
+public:
+    ArrayView view(nb::handle given) {
+        AnyArray array;
+        if (!nb::try_cast(given, array)) return {nullptr, described(given), {}, false};
+        held_.push_back(array);
+        ArrayView view{array.data(), nb::cast<std::string>(nb::str(nb::object(given.attr("dtype")))), {}};
+        view.shape.assign(array.shape_ptr(), array.shape_ptr() + array.ndim());
+        return view;
     }
-    return state;
-}
 
-TokensState import_tokens(nb::handle key, nb::handle value) {
-    return {memory_of<float>(key), memory_of<float>(value), nb::cast<int64_t>(key.attr("shape")[1])};
-}
+    SideArrays side(nb::handle given) {
+        if (!nb::isinstance<nb::tuple>(given)) return {true, view(given), {}, {}, {}};
+        return {false, {}, view(given[0]), view(given[1]), view(given[2])};
+    }
 
-Row import_row(const SlotLayout& layout, nb::handle row) {
-    std::vector<BlockState> blocks;
-    for (const nb::handle block : row[2]) blocks.push_back({import_side_state(block[0]), import_side_state(block[1])});
-    return import_row(layout, import_tokens(row[0], row[1]), blocks, import_tokens(row[3], row[4]));
-}
+    RowArrays row(nb::handle given) {
+        RowArrays row{view(given[0]), view(given[1]), {}, view(given[3]), view(given[4])};
+        for (const nb::handle block : given[2]) row.blocks.push_back({side(block[0]), side(block[1])});
+        return row;
+    }
 
-int64_t import_state(const StepAttributes* step, int64_t length, const nb::list& slots) {
-    Snapshot snapshot;
-    if (step) snapshot.step = *step;
-    snapshot.length = length;
+private:
+    static std::string described(nb::handle given) { return nb::cast<std::string>(nb::repr(given.type())); }
+
+    std::vector<AnyArray> held_;
+};
+
+int64_t import_arrays(const StepAttributes* step, int64_t length, const nb::list& slots) {
+    Arrays arrays;
+    StateArrays state;
+    if (step) state.step = *step;
+    state.length = length;
     for (const nb::handle given : slots) {
-        Slot slot;
-        slot.attributes = nb::cast<SdpaAttributes>(given[0]);
-        for (const nb::handle row : given[1]) {
-            if (slot.rows.empty()) {
-                const nb::object key = row[3].attr("shape"), value = row[4].attr("shape");
-                slot.layout = make_slot_layout(slot.attributes.row, nb::cast<int64_t>(key[0]),
-                                               nb::cast<int64_t>(key[2]), nb::cast<int64_t>(value[2]));
-            }
-            slot.rows.push_back(import_row(slot.layout, row));
-        }
-        snapshot.slots.emplace(slot.attributes.slot, std::move(slot));
+        SlotArrays slot{nb::cast<SdpaAttributes>(given[0]), {}};
+        for (const nb::handle row : given[1]) slot.rows.push_back(arrays.row(row));
+        state.slots.push_back(std::move(slot));
     }
-    return new_cache(std::move(snapshot));
+    return new_cache(import_state(state));
 }
 
 }  // namespace
 
 void bind_state(nb::module_& m) {
     m.def("export_state", export_state);
-    m.def("import_state", import_state, nb::arg("step").none(), nb::arg("length"), nb::arg("slots"));
+    m.def("import_state", import_arrays, nb::arg("step").none(), nb::arg("length"), nb::arg("slots"));
 }
 
 }  // namespace onnx_kivi

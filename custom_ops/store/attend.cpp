@@ -23,8 +23,8 @@ constexpr int64_t LEAST_WORK_PER_THREAD = 1 << 19;
 
 // Threads that are worth their waking for this call.
 int threads_for(const Attention& attention, const Dims& dims, int available) {
-    const int64_t keys = attention.window > 0 ? std::min(dims[P] + dims[N], attention.window + dims[S])
-                                              : dims[P] + dims[N];
+    const int64_t keys =
+        attention.window > 0 ? std::min(dims[P] + dims[N], attention.window + dims[S]) : dims[P] + dims[N];
     const int64_t work = dims[B] * dims[HQ] * dims[S] * keys * (dims[DK] + dims[DV]);
     return static_cast<int>(std::clamp<int64_t>(work / LEAST_WORK_PER_THREAD, 1, available));
 }

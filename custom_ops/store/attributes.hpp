@@ -18,6 +18,9 @@ constexpr int64_t DEFAULT_HANDLE = 0;
 constexpr int64_t COMMITTED_LENGTH = -1;
 constexpr int64_t NO_STEP = -1;
 constexpr int64_t MAX_BLOCK_TOKENS = 1024;
+constexpr int64_t MAX_LAYERS = 1 << 16, MAX_SLOT = 1 << 16, MAX_SINK_LENGTH = 1 << 16;
+constexpr int64_t MAX_RESIDUAL_LENGTH = 1 << 20, MAX_V_GROUP_SIZE = 1 << 20;
+constexpr int64_t MAX_WINDOW = int64_t{1} << 40;
 
 struct StepAttributes {
     static constexpr int REQUIRED = 2;
@@ -90,7 +93,11 @@ struct SdpaAttributes {
 KIVI_API void validate(const StepAttributes& attributes);
 KIVI_API void validate(const SdpaAttributes& attributes);
 
-// The number that a decimal string says. Throws Error(config) naming the attribute.
+// The number that a decimal string says: digits, perhaps a sign, a point, an exponent, and nothing else, whatever the
+// locale. Throws Error(config) naming the attribute, as spec.py does.
 KIVI_API double parse_decimal(const char* name, const std::string& text);
+
+// Throws Error(config): the attribute has not the type that it should have.
+[[noreturn]] KIVI_API void refuse_type(const char* name, const char* expected, const std::string& got);
 
 }  // namespace onnx_kivi

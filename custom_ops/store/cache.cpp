@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <array>
+#include <set>
 #include <tuple>
 
 #include "attend.hpp"
@@ -14,9 +15,7 @@ namespace {
 std::string text(int64_t value) { return std::to_string(value); }
 std::string text(const std::string& value) { return value; }
 
-std::string model_text(const StepAttributes& step) {
-    return step.model_id + " (" + text(step.layers) + " nodes)";
-}
+std::string model_text(const StepAttributes& step) { return step.model_id + " (" + text(step.layers) + " nodes)"; }
 
 }  // namespace
 
@@ -54,12 +53,25 @@ void Cache::refuse_slot(int64_t slot, const std::string& what) const {
     throw_cache_error("slot " + text(slot) + " of cache " + text(handle_) + ": " + what);
 }
 
-std::pair<int64_t, int64_t> Cache::open_step(int64_t past_length, const StepAttributes& attributes) {
+void Cache::check_nodes() {
+    const bool has_committed = std::any_of(state_.slots.begin(), state_.slots.end(), [](const auto& entry) {
+        return !entry.second.undo || !entry.second.undo->created;
+    });
+    if (has_committed || !step_ || step_->error || step_->nodes_done == 0) return;
+    const int64_t done = step_->nodes_done;
+    end_step();
+    refuse("expected the last run to end, but " + text(done) + " of " + text(state_.step->layers) +
+           " nodes ran; if it was stopped, run again, else rewrite the original model again");
+}
+
+std::pair<int64_t, int64_t> Cache::open_step(int64_t past_length, const StepAttributes& attributes,
+                                             bool has_all_nodes) {
     const auto guard = lock();
     if (state_.step && *state_.step != attributes) {
         refuse("expected model " + model_text(*state_.step) + ", to which it belongs, got " + model_text(attributes) +
                "; use a new cache for each model");
     }
+    if (!has_all_nodes) check_nodes();
     const int64_t length = past_length == COMMITTED_LENGTH ? state_.length : past_length;
     if (length < 0 || length > state_.length) {
         refuse("past_length: expected " + text(COMMITTED_LENGTH) + " or 0 to " + text(state_.length) +
@@ -81,8 +93,9 @@ Cache::Step& Cache::current_step(int64_t ticket) {
         refuse("expected " + text(state_.step->layers) +
                " nodes to take this step's ticket, got one more; rewrite the original model again");
     }
-    refuse("expected the ticket of its open step, got a stale one: another run on this handle started, or the cache "
-           "was changed, during this run; give each of the runs its own cache");
+    refuse(
+        "expected the ticket of its open step, got a stale one: another run on this handle started, or the cache "
+        "was changed, during this run; give each of the runs its own cache");
 }
 
 void Cache::attend(int64_t ticket, const SdpaAttributes& attributes, const Call& call, Scheduler& scheduler) {
@@ -108,8 +121,8 @@ const Slot* Cache::find_slot(const SdpaAttributes& attributes) const {
             const std::string& before = expected[got.size()];
             got.push_back(text(value));
             if (got.back() != before) {
-                refuse_slot(attributes.slot, std::string(name) + ": expected " + before + ", with which it was made, got " +
-                                                 got.back() + "; use a new cache");
+                refuse_slot(attributes.slot, std::string(name) + ": expected " + before +
+                                                 ", with which it was made, got " + got.back() + "; use a new cache");
             }
         });
     }
@@ -146,9 +159,9 @@ Dims Cache::check_call(const Step& step, const SdpaAttributes& attributes, const
     for (std::size_t i = 0; i < inputs.size(); ++i) {
         check_shape(where, sdpa_tensors()[i], inputs[i]->shape, dims);
     }
-    if (dims[HKV] == 0 || dims[HQ] % dims[HKV] != 0) {
-        throw_cache_error(where + ": query: expected a multiple of the " + text(dims[HKV]) +
-                          " key/value heads, got " + text(dims[HQ]) + " heads");
+    if (dims[HQ] % dims[HKV] != 0) {
+        throw_cache_error(where + ": query: expected a multiple of the " + text(dims[HKV]) + " key/value heads, got " +
+                          text(dims[HQ]) + " heads");
     }
     return dims;
 }
@@ -196,14 +209,20 @@ void Cache::run_node(Step& step, const SdpaAttributes& attributes, const Call& c
 
 void Cache::commit(Step& step) {
     const int64_t length = step.past_length + step.new_tokens.value_or(0);
+    std::set<std::size_t> batches;
     for (const auto& [index, slot] : state_.slots) {
+        if (!slot.rows.empty()) batches.insert(slot.rows.size());
         if (slot.attributes.row.is_cross()) continue;
         for (const Row& row : slot.rows) {
             if (row.tokens() != length) {
-                refuse_slot(index, "expected " + text(length) + " tokens at the end of the step, got " +
-                                       text(row.tokens()));
+                refuse_slot(index,
+                            "expected " + text(length) + " tokens at the end of the step, got " + text(row.tokens()));
             }
         }
+    }
+    if (batches.size() > 1) {
+        const std::vector<int64_t> counts(batches.begin(), batches.end());
+        refuse("expected as many rows in each slot, got " + list_text(counts));
     }
     for (auto& [index, slot] : state_.slots) slot.undo.reset();
     state_.length = length;
@@ -229,8 +248,7 @@ void Cache::crop_rows(int64_t length) {
 void Cache::crop(int64_t length) {
     const auto guard = lock();
     if (length < 0 || length > state_.length) {
-        refuse("crop: expected a length of 0 to " + text(state_.length) + ", the tokens it holds, got " +
-               text(length));
+        refuse("crop: expected a length of 0 to " + text(state_.length) + ", the tokens it holds, got " + text(length));
     }
     end_step();
     crop_rows(length);
@@ -252,9 +270,8 @@ void Cache::reorder(const std::vector<int64_t>& index) {
     const auto rows = static_cast<int64_t>(most);
     const bool known = std::all_of(index.begin(), index.end(), [rows](int64_t i) { return 0 <= i && i < rows; });
     if (index.empty() || !known) {
-        std::string list;
-        for (const int64_t i : index) list += (list.empty() ? "" : ", ") + text(i);
-        refuse(rows > 0 ? "reorder: expected one or more row numbers from 0 to " + text(rows - 1) + ", got [" + list + "]"
+        refuse(rows > 0 ? "reorder: expected one or more row numbers from 0 to " + text(rows - 1) + ", got " +
+                              list_text(index)
                         : "reorder: expected a cache that holds tokens, got an empty one");
     }
     end_step();

@@ -63,8 +63,9 @@ class Cache {
 public:
     explicit Cache(int64_t handle, Snapshot state = {}) : handle_(handle), state_(std::move(state)) {}
 
-    // (P, ticket). Throws Error(cache), as every method does on a closed cache.
-    std::pair<int64_t, int64_t> open_step(int64_t past_length, const StepAttributes& attributes);
+    // (P, ticket). `has_all_nodes`: the host knows that the model has as many nodes as it says, so that a step of which
+    // some never ran was stopped. Throws Error(cache), as every method does on a closed cache.
+    std::pair<int64_t, int64_t> open_step(int64_t past_length, const StepAttributes& attributes, bool has_all_nodes);
     // The whole op: attends, appends, seals. Throws Error(cache), and poisons the step unless the ticket is stale.
     void attend(int64_t ticket, const SdpaAttributes& attributes, const Call& call, Scheduler& scheduler);
 
@@ -91,6 +92,7 @@ private:
     [[noreturn]] void refuse_slot(int64_t slot, const std::string& what) const;
     int64_t ticket() const { return handle_ << 32 | sequence_; }
     Step& current_step(int64_t ticket);
+    void check_nodes();
     void run_node(Step& step, const SdpaAttributes& attributes, const Call& call, Scheduler& scheduler);
     const Slot* find_slot(const SdpaAttributes& attributes) const;
     Dims check_call(const Step& step, const SdpaAttributes& attributes, const Slot* slot, const Call& call) const;

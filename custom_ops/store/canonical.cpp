@@ -8,13 +8,9 @@ namespace {
 
 DenseTokens view(const Layout& layout, const TokensState& state) {
     const SlotShape& shape = layout.shape;
-    return {state.key,
-            state.value,
-            state.tokens,
-            state.tokens * shape.k_size,
-            shape.k_size,
-            state.tokens * shape.v_size,
-            shape.v_size};
+    return {
+        state.key,   state.value, state.tokens, state.tokens * shape.k_size, shape.k_size, state.tokens * shape.v_size,
+        shape.v_size};
 }
 
 void append(const SlotLayout& layout, Row& row, const Layout& part, const TokensState& tokens) {
@@ -52,7 +48,8 @@ Row import_row(const SlotLayout& layout, const TokensState& sinks, const std::ve
     Row row;
     append(layout, row, layout.sinks, sinks);
     for (const BlockState& from : blocks) {
-        const uint32_t dense = (from.key.dense ? KEY_DENSE : NONE_DENSE) | (from.value.dense ? VALUE_DENSE : NONE_DENSE);
+        const uint32_t dense =
+            (from.key.dense ? KEY_DENSE : NONE_DENSE) | (from.value.dense ? VALUE_DENSE : NONE_DENSE);
         auto block = std::make_shared<Block>(layout.blocks, dense);
         const DenseTokens given = view(layout.blocks, {from.key.dense, from.value.dense, layout.block_tokens});
         copy_tokens(layout.blocks, given, dense_tokens(layout.blocks, *block, 0, layout.block_tokens));

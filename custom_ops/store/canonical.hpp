@@ -29,8 +29,8 @@ KIVI_API void export_sinks(const SlotLayout& layout, const Row& row, const Token
 KIVI_API void export_block(const SlotLayout& layout, const Block& block, const BlockState& to);
 KIVI_API void export_residual(const SlotLayout& layout, const Row& row, const TokensState& to);
 
-// A row of this content, which has been found consistent (onnx_kivi/runtime/state.py).
-KIVI_API Row import_row(const SlotLayout& layout, const TokensState& sinks, const std::vector<BlockState>& blocks,
-                        const TokensState& residual);
+// A row of this content, which import.cpp has found consistent.
+Row import_row(const SlotLayout& layout, const TokensState& sinks, const std::vector<BlockState>& blocks,
+               const TokensState& residual);
 
 }  // namespace onnx_kivi

@@ -21,8 +21,6 @@ public:
     const ErrorKind kind;
 };
 
-[[noreturn]] inline void throw_cache_error(const std::string& message) {
-    throw Error(ErrorKind::cache, message);
-}
+[[noreturn]] inline void throw_cache_error(const std::string& message) { throw Error(ErrorKind::cache, message); }
 
 }  // namespace onnx_kivi

@@ -30,8 +30,12 @@ Block& writable(const Layout& layout, BlockPtr& block, int64_t tokens) {
 }  // namespace
 
 SlotLayout make_slot_layout(const RowOptions& options, int64_t heads, int64_t k_size, int64_t v_size) {
-    const SlotShape blocks{narrow(heads),         narrow(k_size),         narrow(v_size),
-                           narrow(options.k_bits), narrow(options.v_bits), narrow(options.block_tokens),
+    const SlotShape blocks{narrow(heads),
+                           narrow(k_size),
+                           narrow(v_size),
+                           narrow(options.k_bits),
+                           narrow(options.v_bits),
+                           narrow(options.block_tokens),
                            narrow(std::min(options.v_group_size, v_size))};
     SlotShape sinks = blocks;
     sinks.k_bits = sinks.v_bits = DENSE_BITS;

@@ -6,6 +6,12 @@ namespace onnx_kivi {
 
 namespace {
 
+std::string joined(const std::vector<int64_t>& numbers) {
+    std::string text;
+    for (const int64_t number : numbers) text += (text.empty() ? "" : ", ") + std::to_string(number);
+    return text;
+}
+
 std::string expected_text(const TensorSpec& spec, const Dims& dims) {
     std::string text;
     for (const Letter letter : spec.shape) {
@@ -15,13 +21,21 @@ std::string expected_text(const TensorSpec& spec, const Dims& dims) {
     return "(" + text + ")" + (spec.broadcast ? " (each may be 1)" : "");
 }
 
+void check_sizes(const std::string& where, const std::vector<Letter>& letters, const std::vector<int64_t>& shape) {
+    for (std::size_t i = 0; i < letters.size(); ++i) {
+        if (letters[i] == S || letters[i] == N || letters[i] == T || (1 <= shape[i] && shape[i] <= MAX_SIZE)) continue;
+        throw_cache_error(where + ": expected " + letter_name(letters[i]) + " from 1 to " + std::to_string(MAX_SIZE) +
+                          ", got shape " + tuple_text(shape));
+    }
+}
+
 }  // namespace
 
 std::string tuple_text(const std::vector<int64_t>& shape) {
-    std::string text;
-    for (const int64_t size : shape) text += (text.empty() ? "" : ", ") + std::to_string(size);
-    return "(" + text + (shape.size() == 1 ? ",)" : ")");
+    return "(" + joined(shape) + (shape.size() == 1 ? ",)" : ")");
 }
+
+std::string list_text(const std::vector<int64_t>& numbers) { return "[" + joined(numbers) + "]"; }
 
 const std::array<TensorSpec, 5>& sdpa_tensors() {
     static const std::array<TensorSpec, 5> tensors{{
@@ -51,6 +65,7 @@ void check_shape(const std::string& where, const TensorSpec& spec, const std::ve
         throw_cache_error(where + ": " + spec.name + ": expected shape " + expected_text(spec, dims) + ", got " +
                           tuple_text(shape));
     }
+    check_sizes(where + ": " + spec.name, spec.shape, shape);
 }
 
 }  // namespace onnx_kivi

@@ -64,9 +64,10 @@ void close_cache(int64_t handle) {
     std::erase_if(all.defaults, [handle](const auto& entry) { return entry.second == handle; });
 }
 
-std::pair<int64_t, int64_t> open_step(int64_t handle, int64_t past_length, const StepAttributes& attributes) {
+std::pair<int64_t, int64_t> open_step(int64_t handle, int64_t past_length, const StepAttributes& attributes,
+                                      bool has_all_nodes) {
     return find(handle == DEFAULT_HANDLE ? default_cache(attributes.model_id) : handle)
-        ->open_step(past_length, attributes);
+        ->open_step(past_length, attributes, has_all_nodes);
 }
 
 void attend(int64_t ticket, const SdpaAttributes& attributes, const Call& call, Scheduler& scheduler) {

@@ -15,8 +15,9 @@ namespace onnx_kivi {
 KIVI_API int64_t new_cache(Snapshot state = {});
 KIVI_API void close_cache(int64_t handle);
 
-// (P, ticket). Handle 0 is the default cache of the model.
-KIVI_API std::pair<int64_t, int64_t> open_step(int64_t handle, int64_t past_length, const StepAttributes& attributes);
+// (P, ticket). Handle 0 is the default cache of the model. See Cache::open_step for has_all_nodes.
+KIVI_API std::pair<int64_t, int64_t> open_step(int64_t handle, int64_t past_length, const StepAttributes& attributes,
+                                               bool has_all_nodes = false);
 KIVI_API void attend(int64_t ticket, const SdpaAttributes& attributes, const Call& call, Scheduler& scheduler);
 
 KIVI_API int64_t cache_length(int64_t handle);

@@ -42,7 +42,8 @@ private:
 // process may run on. In the child of a fork, which has no such threads, it is a pool of one.
 KIVI_API Scheduler& default_scheduler();
 
-// The size that default_scheduler() has, or would have if it started now. Throws Error(config) if ONNX_KIVI_THREADS is not a number >= 1.
+// The size that default_scheduler() has, or would have if it started now. Throws Error(config) if ONNX_KIVI_THREADS is
+// not a number >= 1.
 KIVI_API int default_threads();
 
 }  // namespace onnx_kivi

@@ -22,7 +22,8 @@ public:
         if (count == 1) {
             task(0);
         } else if (count > 1) {
-            run(count, [](void* context, std::size_t i) { (*static_cast<const Task*>(context))(i); },
+            run(
+                count, [](void* context, std::size_t i) { (*static_cast<const Task*>(context))(i); },
                 const_cast<Task*>(&task));
         }
     }

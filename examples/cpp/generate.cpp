@@ -5,7 +5,8 @@
 // prints COUNT new tokens, then what the cache holds. Build it against onnxruntime's headers (Debian: package
 // libonnxruntime-dev) and library, and libonnx_kivi with its header:
 //
-//   g++ -std=c++20 generate.cpp -I ONNXRUNTIME/include -I ONNX_KIVI/include libonnxruntime.so libonnx_kivi.so -o generate
+//   g++ -std=c++20 generate.cpp -I ONNXRUNTIME/include -I ONNX_KIVI/include libonnxruntime.so libonnx_kivi.so -o
+//   generate
 //
 // `python -c "import onnx_kivi; print(onnx_kivi.library_path())"` says where an installed package has the library; the
 // folder `include` is beside it.
@@ -58,16 +59,19 @@ public:
         };
         std::vector<int64_t> handle{cache_};
         for (const std::string& name : inputs_) {
-            if (name == "input_ids") feed(name, tokens, {1, count});
-            else if (name == "attention_mask") feed(name, mask, {1, past + count});
-            else if (name == "position_ids") feed(name, positions, {1, count});
-            else throw std::runtime_error("input " + name + ": expected input_ids, attention_mask or position_ids");
+            if (name == "input_ids")
+                feed(name, tokens, {1, count});
+            else if (name == "attention_mask")
+                feed(name, mask, {1, past + count});
+            else if (name == "position_ids")
+                feed(name, positions, {1, count});
+            else
+                throw std::runtime_error("input " + name + ": expected input_ids, attention_mask or position_ids");
         }
         const std::string handle_name = "cache_handle";
         feed(handle_name, handle, {1});
         const char* const output = output_.c_str();
-        const auto outputs =
-            session_.Run(Ort::RunOptions{}, names.data(), values.data(), values.size(), &output, 1);
+        const auto outputs = session_.Run(Ort::RunOptions{}, names.data(), values.data(), values.size(), &output, 1);
         const auto shape = outputs[0].GetTensorTypeAndShapeInfo().GetShape();  // (1, tokens, vocabulary)
         const float* const last = outputs[0].GetTensorData<float>() + (shape[1] - 1) * shape[2];
         return std::max_element(last, last + shape[2]) - last;

@@ -94,6 +94,7 @@ class Session:
             if (refusal := take_error(self.host, cache.handle, failure)) is not None:
                 raise refusal from failure
             if failure is not None:
+                cache.crop(cache.length)  # ends the step: an open one passes for that of a model that lacks nodes
                 raise failure
             return list(results or ())
         finally:

@@ -110,7 +110,9 @@ class Backend(Protocol):
         """Open a step, superseding one that is open: (P, ticket). past_length -1 = the committed length.
 
         Tokens beyond past_length are dropped at once, as by `crop`: a rollback goes back to P tokens.
-        Raises CacheError: closed handle, another model's handle, past_length beyond the cache.
+        Raises CacheError: closed handle, another model's handle, past_length beyond the cache; and once, after a step
+        of which some nodes ran, none failed and some never ran, where no step of the cache has committed yet: the
+        model may have fewer nodes than it says. (The native host counts the nodes it serves, and so it knows better.)
         """
 
     def attend(

@@ -18,7 +18,6 @@ from .. import _native
 from ..errors import CacheError, ConfigError, KiviError, SpecMismatchError
 from ..spec import SdpaAttributes, StepAttributes
 from .backend import BlockState, CacheState, FloatArray, QuantizedBlock, RowState, SlotState
-from .state import check_state
 
 MOST_ATTRIBUTES = 4096
 
@@ -101,7 +100,6 @@ class NativeBackend:
 
     def import_state(self, state: CacheState) -> int:
         """Handle of a new cache that holds a copy of `state`."""
-        check_state(state)
         step = None if state.step is None else _native.StepAttributes(state.step.to_wire())
         slots = [(_native.SdpaAttributes(s.attributes.to_wire()), [_row_tuple(r) for r in s.rows]) for s in state.slots]
         return _native.import_state(step, state.length, slots)

@@ -8,6 +8,7 @@ Nodes must have all their attributes written out, as the rewriter does: onnxrunt
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 import traceback
@@ -129,6 +130,8 @@ class PythonHost:
                 )
         except BaseException as error:
             self._fail(ticket_handle(ticket), ticket, error)
+            if not isinstance(error, Exception):
+                self._end_step(ticket_handle(ticket))
         return _Output(_nan(query, value))
 
     def _backend(self, handle: int) -> Backend:
@@ -145,6 +148,12 @@ class PythonHost:
                     log.error("%s", _described(error))
         except BaseException as unreportable:
             self._failures[handle] = ticket, unreportable
+
+    def _end_step(self, handle: int) -> None:
+        """Close what an interrupt left open, which would pass for the step of a model that lacks nodes."""
+        with contextlib.suppress(BaseException):
+            backend = self._backend(handle)
+            backend.crop(handle, backend.length(handle))
 
     def _likely_length(self, handle: int, past_length: int) -> int:
         """What the caller probably takes for P: with it, onnxruntime finds no fault of its own in the mask's shape."""

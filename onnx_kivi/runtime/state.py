@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from ..errors import CacheError
-from ..spec import DENSE_BITS, SdpaAttributes
+from ..spec import DENSE_BITS, MAX_SIZE, SdpaAttributes
 from .backend import BlockState, CacheState, FloatArray, QuantizedBlock, RowState
 from .numpy_backend.quantize import SMALLEST_SCALE, group_count, packed_size
 from .numpy_backend.rows import row_length
@@ -13,10 +13,10 @@ from .numpy_backend.rows import row_length
 
 def check_state(state: CacheState) -> None:
     """Raise CacheError unless lengths, shapes, types and parameters of `state` agree with its attributes."""
-    if state.length < 0 or (state.slots and state.step is None):
-        raise CacheError(
-            f"cache state: expected a length >= 0 and the step's attributes, got {state.length} and {state.step}"
-        )
+    if state.length < 0:
+        raise CacheError(f"cache state: expected a length >= 0, got {state.length}")
+    if state.slots and state.step is None:
+        raise CacheError("cache state: expected the step's attributes, got none")
     numbers = [slot.attributes.slot for slot in state.slots]
     if numbers != sorted(set(numbers)):
         raise CacheError(f"cache state: expected slots in ascending order, each once, got {numbers}")
@@ -28,17 +28,17 @@ def check_state(state: CacheState) -> None:
     for slot in state.slots:
         where = f"cache state, slot {slot.attributes.slot}"
         for row in slot.rows:
-            _check_row(where, slot.attributes, row)
+            _check_row(where, slot.attributes, row, _sizes(where, slot.rows[0]))
         lengths = {row_length(row, slot.attributes.block_tokens) for row in slot.rows}
         expected = {state.length} if slot.attributes.kind == "self" else lengths
         if len(lengths) > 1 or not lengths <= expected or (expected - {0} and not lengths):
             raise CacheError(f"{where}: expected {state.length} tokens in each row, got {sorted(lengths)}")
 
 
-def _check_row(where: str, attributes: SdpaAttributes, row: RowState) -> None:
-    heads, _, k_head_size = _rank_3(where, row.residual_key)
-    v_head_size = _rank_3(where, row.residual_value)[2]
-    sinks, residual, size = row.sink_key.shape[1], row.residual_key.shape[1], attributes.block_tokens
+def _check_row(where: str, attributes: SdpaAttributes, row: RowState, sizes: tuple[int, int, int]) -> None:
+    heads, k_head_size, v_head_size = sizes
+    residual, sinks = _rank_3(where, row.residual_key)[1], _rank_3(where, row.sink_key)[1]
+    size = attributes.block_tokens
     _check_array(f"{where}, residual", row.residual_value, (heads, residual, v_head_size), np.float32)
     _check_array(f"{where}, residual", row.residual_key, (heads, residual, k_head_size), np.float32)
     _check_array(f"{where}, sinks", row.sink_key, (heads, sinks, k_head_size), np.float32)
@@ -103,8 +103,20 @@ def _check_array(where: str, array: object, shape: tuple[int, ...], dtype: type)
         raise CacheError(f"{where}: expected {np.dtype(dtype)} {shape}, got {got}")
 
 
+def _sizes(where: str, row: RowState) -> tuple[int, int, int]:
+    """(heads, key head size, value head size) of the first row of a slot, and so of all."""
+    heads, _, k_head_size = _rank_3(where, row.residual_key)
+    v_head_size = _rank_3(where, row.residual_value)[2]
+    if not all(1 <= size <= MAX_SIZE for size in (heads, k_head_size, v_head_size)):
+        raise CacheError(
+            f"{where}: expected heads and head sizes from 1 to {MAX_SIZE}, got {heads}, {k_head_size} and {v_head_size}"
+        )
+    return heads, k_head_size, v_head_size
+
+
 def _rank_3(where: str, array: FloatArray) -> tuple[int, int, int]:
-    if array.ndim != 3:
-        raise CacheError(f"{where}: expected arrays of 3 dimensions, got {array.ndim}")
+    if not isinstance(array, np.ndarray) or array.ndim != 3:
+        got = array.ndim if isinstance(array, np.ndarray) else repr(type(array))
+        raise CacheError(f"{where}: expected arrays of 3 dimensions, got {got}")
     heads, tokens, head_size = array.shape
     return heads, tokens, head_size

@@ -16,7 +16,7 @@ import oracle
 from onnx_kivi.errors import BackendUnavailableError, CacheError
 from onnx_kivi.runtime.backend import Backend
 from onnx_kivi.runtime.select import get_backend
-from stepping import NOTHING, model, sdpa
+from stepping import NOTHING, model, run, sdpa
 
 NODES = [sdpa(0, sink_length=2), sdpa(1, residual_length=3, block_tokens=3, k_bits=8), sdpa(2, k_bits=32, v_bits=32)]
 HEADS, SIZE = 2, 4
@@ -58,7 +58,10 @@ class CacheLife(RuleBasedStateMachine):
     @precondition(lambda self: len(self.models) < 4)
     @rule()
     def new(self) -> None:
-        self.models[self.backend.new_cache()] = [[], []]
+        handle = self.backend.new_cache()
+        run(self.backend, handle, NODES, tensor([[0], [0]]), tensor([[0], [0]]))
+        self.backend.reset(handle)
+        self.models[handle] = [[], []]
 
     @precondition(lambda self: self.models)
     @rule(data=st.data(), count=st.integers(1, 9), rewind=st.booleans())

@@ -48,6 +48,7 @@ class NumpyCache:
                 f"cache {self.handle}: expected model {bound.model_id} ({bound.layers} nodes), to which it belongs, "
                 f"got {attributes.model_id} ({attributes.layers} nodes); use a new cache for each model"
             )
+        self._check_nodes()
         length = self.state.length if past_length == COMMITTED_LENGTH else past_length
         if not 0 <= length <= self.state.length:
             raise CacheError(
@@ -153,6 +154,21 @@ class NumpyCache:
     def _replace_rows(self, rows_of: Callable[[SlotState], tuple[RowState, ...]]) -> None:
         self.state = replace(
             self.state, slots=tuple(SlotState(slot.attributes, rows_of(slot)) for slot in self.state.slots)
+        )
+
+    def _check_nodes(self) -> None:
+        """Raise CacheError, once, if the last step was left with nodes missing, and all of them have never run.
+
+        A model that says more nodes than it has would otherwise run on, and forget every step. Whether such a run ended
+        or was stopped can't be seen here; where a step has committed before, it was stopped.
+        """
+        step = self.step
+        if self.state.slots or step is None or step.error is not None or step.nodes_done == 0:
+            return
+        self.end_step()
+        raise CacheError(
+            f"cache {self.handle}: expected the last run to end, but {step.nodes_done} of {step.attributes.layers} "
+            "nodes ran; if it was stopped, run again, else rewrite the original model again"
         )
 
     def _commit(self, step: Step) -> None:

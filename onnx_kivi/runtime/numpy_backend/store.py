@@ -184,7 +184,7 @@ def _attend(
         heads, _, k_head_size = rows[0].residual_key.shape
         dims |= {"B": len(rows), "Hkv": heads, "Dk": k_head_size, "Dv": rows[0].residual_value.shape[2]}
     check_shapes(where, TENSORS, {name: array.shape for name, array in inputs.items()}, dims)
-    if dims["Hkv"] == 0 or dims["Hq"] % dims["Hkv"]:
+    if dims["Hq"] % dims["Hkv"]:
         raise CacheError(
             f"{where}: query: expected a multiple of the {dims['Hkv']} key/value heads, got {dims['Hq']} heads"
         )

@@ -1,0 +1,176 @@
+#include "import.hpp"
+
+#include <algorithm>
+#include <set>
+
+#include "canonical.hpp"
+
+namespace onnx_kivi {
+
+namespace {
+
+using Shape = std::vector<int64_t>;
+
+constexpr const char *FLOAT32 = "float32", *FLOAT16 = "float16", *UINT8 = "uint8";
+constexpr uint16_t HALF_INFINITY = 0x7c00, HALF_SMALLEST_NORMAL = 0x0400, HALF_MAGNITUDE = 0x7fff;
+
+std::string text(int64_t value) { return std::to_string(value); }
+
+void check_array(const std::string& where, const ArrayView& array, const Shape& shape, const std::string& type) {
+    if (array.is_array && array.shape == shape && array.type == type) return;
+    const std::string got = array.is_array ? array.type + " " + tuple_text(array.shape) : array.type;
+    throw_cache_error(where + ": expected " + type + " " + tuple_text(shape) + ", got " + got);
+}
+
+const Shape& rank_3(const std::string& where, const ArrayView& array) {
+    if (!array.is_array || array.shape.size() != 3) {
+        const std::string got = array.is_array ? std::to_string(array.shape.size()) : array.type;
+        throw_cache_error(where + ": expected arrays of 3 dimensions, got " + got);
+    }
+    return array.shape;
+}
+
+// What the rows of a slot have in common.
+struct Sizes {
+    int64_t heads, key, value;
+};
+
+Sizes sizes_of(const std::string& where, const RowArrays& row) {
+    const Shape& key = rank_3(where, row.residual_key);
+    const Sizes sizes{key[0], key[2], rank_3(where, row.residual_value)[2]};
+    for (const int64_t size : {sizes.heads, sizes.key, sizes.value}) {
+        if (1 <= size && size <= MAX_SIZE) continue;
+        throw_cache_error(where + ": expected heads and head sizes from 1 to " + text(MAX_SIZE) + ", got " +
+                          text(sizes.heads) + ", " + text(sizes.key) + " and " + text(sizes.value));
+    }
+    return sizes;
+}
+
+bool are_parameters(const ArrayView& lo, const ArrayView& scale) {
+    const auto* lows = static_cast<const uint16_t*>(lo.data);
+    const auto* scales = static_cast<const uint16_t*>(scale.data);
+    int64_t count = 1;
+    for (const int64_t size : lo.shape) count *= size;
+    const auto is_finite = [](uint16_t half) { return (half & HALF_MAGNITUDE) < HALF_INFINITY; };
+    return std::all_of(lows, lows + count, is_finite) && std::all_of(scales, scales + count, [](uint16_t half) {
+               return HALF_SMALLEST_NORMAL <= half && half < HALF_INFINITY;
+           });
+}
+
+void check_side(const std::string& where, const SideArrays& side, int64_t bits, const Shape& dense, const Shape& codes,
+                const Shape& parameters) {
+    if (side.is_dense) return check_array(where, side.dense, dense, FLOAT32);
+    if (bits == DENSE_BITS) throw_cache_error(where + ": expected f32, as 32 bits say, got codes");
+    check_array(where, side.codes, codes, UINT8);
+    check_array(where, side.lo, parameters, FLOAT16);
+    check_array(where, side.scale, parameters, FLOAT16);
+    if (!are_parameters(side.lo, side.scale)) {
+        throw_cache_error(where + ": expected finite parameters and scales of at least 6.103515625e-05, got others");
+    }
+}
+
+void check_block(const std::string& where, const RowOptions& options, const BlockArrays& block, const Sizes& sizes) {
+    const auto packed = [](int64_t count, int64_t bits) { return (count * bits + 7) / 8; };
+    const int64_t tokens = options.block_tokens;
+    const int64_t group = options.v_group_size ? options.v_group_size : sizes.value;
+    const int64_t groups = (sizes.value + group - 1) / group;
+    check_side(where + ", key block", block.key, options.k_bits, {sizes.heads, tokens, sizes.key},
+               {sizes.heads, sizes.key, packed(tokens, options.k_bits)}, {sizes.heads, sizes.key});
+    check_side(where + ", value block", block.value, options.v_bits, {sizes.heads, tokens, sizes.value},
+               {sizes.heads, tokens, packed(sizes.value, options.v_bits)}, {sizes.heads, tokens, groups});
+}
+
+void check_row(const std::string& where, const RowOptions& options, const RowArrays& row, const Sizes& sizes) {
+    const int64_t residual = rank_3(where, row.residual_key)[1], sinks = rank_3(where, row.sink_key)[1];
+    check_array(where + ", residual", row.residual_value, {sizes.heads, residual, sizes.value}, FLOAT32);
+    check_array(where + ", residual", row.residual_key, {sizes.heads, residual, sizes.key}, FLOAT32);
+    check_array(where + ", sinks", row.sink_key, {sizes.heads, sinks, sizes.key}, FLOAT32);
+    check_array(where + ", sinks", row.sink_value, {sizes.heads, sinks, sizes.value}, FLOAT32);
+    const bool full = sinks == options.sink_length || (row.blocks.empty() && residual == 0);
+    const int64_t most = options.residual_length + options.block_tokens;
+    if (sinks > options.sink_length || !full || residual >= most) {
+        throw_cache_error(where + ": expected " + text(options.sink_length) + " sinks and fewer than " + text(most) +
+                          " tokens in the residual, got " + text(sinks) + " and " + text(residual));
+    }
+    for (const BlockArrays& block : row.blocks) check_block(where, options, block, sizes);
+}
+
+void check_slot(const SlotArrays& slot, int64_t length) {
+    const std::string where = "cache state, slot " + text(slot.attributes.slot);
+    const RowOptions& options = slot.attributes.row;
+    std::set<int64_t> lengths;
+    for (const RowArrays& row : slot.rows) {
+        check_row(where, options, row, sizes_of(where, slot.rows.front()));
+        lengths.insert(row.sink_key.shape[1] + row.residual_key.shape[1] +
+                       static_cast<int64_t>(row.blocks.size()) * options.block_tokens);
+    }
+    const bool agree =
+        options.is_cross() ? lengths.size() <= 1 : lengths == std::set{length} || (lengths.empty() && length == 0);
+    if (!agree) {
+        throw_cache_error(where + ": expected " + text(length) + " tokens in each row, got " +
+                          list_text({lengths.begin(), lengths.end()}));
+    }
+}
+
+void check_cache(const StateArrays& state) {
+    if (state.length < 0) throw_cache_error("cache state: expected a length >= 0, got " + text(state.length));
+    if (!state.slots.empty() && !state.step) throw_cache_error("cache state: expected the step's attributes, got none");
+    Shape numbers;
+    std::set<int64_t> batches;
+    bool grows = false;
+    for (const SlotArrays& slot : state.slots) {
+        numbers.push_back(slot.attributes.slot);
+        grows = grows || !slot.attributes.row.is_cross();
+        if (!slot.rows.empty()) batches.insert(static_cast<int64_t>(slot.rows.size()));
+    }
+    if (std::adjacent_find(numbers.begin(), numbers.end(), std::greater_equal<>()) != numbers.end()) {
+        throw_cache_error("cache state: expected slots in ascending order, each once, got " + list_text(numbers));
+    }
+    if (state.length > 0 && !grows) {
+        throw_cache_error("cache state: expected slots that hold the " + text(state.length) + " tokens, got none");
+    }
+    if (batches.size() > 1) {
+        throw_cache_error("cache state: expected as many rows in each slot, got " +
+                          list_text({batches.begin(), batches.end()}));
+    }
+}
+
+template <class T>
+T* data_of(const ArrayView& array) {
+    return static_cast<T*>(const_cast<void*>(array.data));
+}
+
+TokensState tokens_state(const ArrayView& key, const ArrayView& value) {
+    return {data_of<float>(key), data_of<float>(value), key.shape[1]};
+}
+
+SideState side_state(const SideArrays& side) {
+    if (side.is_dense) return {data_of<float>(side.dense), {}};
+    return {nullptr, {data_of<unsigned char>(side.codes), data_of<uint16_t>(side.lo), data_of<uint16_t>(side.scale)}};
+}
+
+Row row_of(const SlotLayout& layout, const RowArrays& row) {
+    std::vector<BlockState> blocks;
+    for (const BlockArrays& block : row.blocks) blocks.push_back({side_state(block.key), side_state(block.value)});
+    return import_row(layout, tokens_state(row.sink_key, row.sink_value), blocks,
+                      tokens_state(row.residual_key, row.residual_value));
+}
+
+}  // namespace
+
+Snapshot import_state(const StateArrays& state) {
+    check_cache(state);
+    for (const SlotArrays& slot : state.slots) check_slot(slot, state.length);
+    Snapshot snapshot{state.step, state.length, {}};
+    for (const SlotArrays& from : state.slots) {
+        Slot& slot = snapshot.slots[from.attributes.slot];
+        slot.attributes = from.attributes;
+        if (from.rows.empty()) continue;
+        const Shape &key = from.rows[0].residual_key.shape, &value = from.rows[0].residual_value.shape;
+        slot.layout = make_slot_layout(from.attributes.row, key[0], key[2], value[2]);
+        for (const RowArrays& row : from.rows) slot.rows.push_back(row_of(slot.layout, row));
+    }
+    return snapshot;
+}
+
+}  // namespace onnx_kivi

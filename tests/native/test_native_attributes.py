@@ -1,0 +1,178 @@
+"""Attributes of nodes: the spec and the native library take and refuse the same ones, whatever type or locale."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import onnx
+import onnxruntime as ort
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from nodes import model
+from onnx_kivi import spec
+from onnx_kivi.errors import ConfigError, KiviError
+from stepping import sdpa
+
+_native = pytest.importorskip("onnx_kivi._native", reason="nothing is compiled here", exc_type=ImportError)
+
+from onnx_kivi.runtime import native  # noqa: E402
+
+LIMITS = {
+    "slot": (0, spec.MAX_SLOT),
+    "block_tokens": (1, spec.MAX_BLOCK_TOKENS),
+    "v_group_size": (0, spec.MAX_V_GROUP_SIZE),
+    "residual_length": (0, spec.MAX_RESIDUAL_LENGTH),
+    "sink_length": (0, spec.MAX_SINK_LENGTH),
+    "window": (0, spec.MAX_WINDOW),
+}
+STEP = {"model_id": "m", "layers": 1}
+
+
+def outcome(make: Any, wire: dict[str, Any]) -> str:
+    try:
+        make(wire)
+    except KiviError as error:
+        return f"{type(error).__name__}: {error}"
+    return "taken"
+
+
+def both(wire: dict[str, Any], step: bool = False) -> str:
+    """What spec and native library say of these attributes: the same."""
+    kind = spec.StepAttributes if step else spec.SdpaAttributes
+    defaults = {a.name: a.default for a in kind.specs() if a.default is not None}
+    words = outcome(kind.from_wire, wire)
+    assert outcome(getattr(_native, kind.__name__), defaults | wire) == words
+    return words
+
+
+@pytest.mark.parametrize("name", LIMITS)
+def test_a_number_at_its_limits_is_taken_and_one_beyond_is_refused(name):
+    least, most = LIMITS[name]
+    for value in (least, most):
+        assert both({"slot": 0, name: value}) == "taken"
+    for value in (least - 1, most + 1, 2**63 - 1, -(2**63)):
+        expected = f"ConfigError: {name}: expected an integer from {least} to {most}, got {value}"
+        assert both({"slot": 0, name: value}) == expected
+
+
+def test_a_step_has_at_most_so_many_layers():
+    assert both(STEP | {"layers": spec.MAX_LAYERS}, step=True) == "taken"
+    assert both(STEP | {"layers": spec.MAX_LAYERS + 1}, step=True).startswith(
+        "ConfigError: layers: expected an integer"
+    )
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("0x10", " 1", "1 ", "1_0", "+1", "1,5", "", ".", "-", "1e", "1e+", "1.0\0", "1.0\0x", "inf", "infinity"),
+        *("nan", "1.0f", "1e999", "-1e999", "1e-999", "--1", "1.2.3", "e5", "0x1p3", "1d0"),
+    ],
+)
+def test_what_is_no_decimal_is_refused(text):
+    words = both({"slot": 0, "scale": text})
+    assert words.startswith("ConfigError: attribute scale: expected float, got '")
+
+
+@pytest.mark.parametrize("text", ["١", "1\u00a0", "\udcff"])
+def test_digits_are_ascii(text):
+    with pytest.raises(ConfigError, match="scale: expected float"):
+        spec.SdpaAttributes.from_wire({"slot": 0, "scale": text})
+    with pytest.raises(Exception, match="scale: expected float"):
+        load(model([sdpa(0)], "digits", sdpa_wire={"scale": text.encode(errors="surrogateescape")}))
+
+
+@pytest.mark.parametrize("text", ["1", "1.", ".5", "-.5", "1e5", "1E-5", "0.1e+1", "-0", "0e999", "1e-320", "00.50"])
+def test_every_spelling_of_a_decimal_is_taken(text):
+    assert both({"slot": 0, "scale": text}) == "taken"
+    assert spec.SdpaAttributes.from_wire({"slot": 0, "scale": text}).scale == float(text)
+
+
+@settings(max_examples=300, deadline=None)
+@given(text=st.text("0123456789.eE+- xinfna_\0", max_size=12) | st.floats().map(repr))
+def test_any_text_is_a_decimal_for_both_or_for_neither(text):
+    both({"slot": 0, "softcap": text})
+
+
+@pytest.mark.parametrize("model_id", ["", "a\0b", "a\nb", "\x7f", "käse"])
+def test_a_model_id_is_printable_ascii(model_id):
+    assert both(STEP | {"model_id": model_id}, step=True).startswith("ConfigError: model_id: expected")
+
+
+def load(proto: onnx.ModelProto) -> ort.InferenceSession:
+    options = ort.SessionOptions()
+    options.log_severity_level = 4
+    native.register(options)
+    return ort.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
+
+
+OTHERS: dict[str, list[Any]] = {
+    "int": [1.0, "1", b"\xff", [1], [1.0], ["1"], onnx.helper.make_tensor("t", 7, [1], [1])],
+    "string": [1, 1.0, [1], ["1.0"], onnx.helper.make_tensor("t", 8, [1], [b"1"])],
+}
+
+
+@pytest.mark.parametrize("attributes", [spec.StepAttributes, spec.SdpaAttributes])
+def test_an_attribute_of_another_type_is_refused_when_the_model_loads(attributes):
+    """Never taken for an absent one: its default would run in silence."""
+    tried = 0
+    for a in attributes.specs():
+        for value in OTHERS[a.wire]:
+            changes = {"step_wire" if attributes is spec.StepAttributes else "sdpa_wire": {a.name: value}}
+            with pytest.raises(Exception, match=f"attribute {a.name}: expected {a.wire}, got another type") as caught:
+                load(model([sdpa(0)], "typed", **changes))
+            assert isinstance(native.error_from(caught.value), ConfigError)
+            tried += 1
+    assert tried > 15
+
+
+@pytest.mark.parametrize("name", [a.name for a in spec.SdpaAttributes.specs()])
+@pytest.mark.parametrize("value", [1.0, True, None, [], b"\xff", " 1", "1_0"])
+def test_the_spec_refuses_other_types_than_a_node_may_have(name, value):
+    with pytest.raises(KiviError, match="expected"):
+        spec.SdpaAttributes.from_wire({"slot": 0, name: value})
+
+
+def test_the_spec_refuses_an_attribute_that_it_does_not_know():
+    with pytest.raises(ConfigError, match=r"attribute colour: expected one of slot, kind, .*, got an unknown one"):
+        spec.SdpaAttributes.from_wire({"slot": 0, "colour": 1})
+
+
+def test_a_string_that_is_no_text_is_refused_in_ascii():
+    with pytest.raises(Exception, match=r"kind: expected one of self, cross, got '\\xff\\x00self'"):
+        load(model([sdpa(0)], "bytes", sdpa_wire={"kind": b"\xff\0self"}))
+    with pytest.raises(Exception, match="model_id: expected printable ASCII characters, got others"):
+        load(model([sdpa(0)], "bytes", step_wire={"model_id": b"\xff\xfe"}))
+
+
+def comma_locale(folder: Path) -> dict[str, str] | None:
+    """Environment in which "comma" is a locale whose decimal point is a comma; None where none can be made."""
+    try:
+        command = ["localedef", "-i", "de_DE", "-f", "UTF-8", str(folder / "comma")]
+        done = subprocess.run(command, capture_output=True, check=False)
+    except OSError:
+        return None
+    made = (folder / "comma").is_dir() and done.returncode in (0, 1)
+    return {"LOCPATH": str(folder)} if made else None
+
+
+def test_a_locale_with_a_decimal_comma_changes_nothing(tmp_path):
+    environment = comma_locale(tmp_path)
+    if environment is None:
+        pytest.skip("no locale with a decimal comma can be made here")
+    code = """
+import locale
+locale.setlocale(locale.LC_ALL, "comma")
+assert locale.localeconv()["decimal_point"] == ","
+import test_native_attributes as t
+t.load(t.model([t.sdpa(0, scale=0.125, softcap=2.5)], "locale"))
+t._native.SdpaAttributes(t.sdpa(0, scale=0.125).to_wire())
+"""
+    path = os.pathsep.join([str(Path(__file__).parent), *sys.path])
+    subprocess.run([sys.executable, "-c", code], check=True, env=os.environ | environment | {"PYTHONPATH": path})

@@ -1,0 +1,197 @@
+"""States that contradict themselves: both stores refuse them in the same words, and read no array beyond its end."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from onnx_kivi.errors import CacheError
+from onnx_kivi.runtime.backend import BlockState, CacheState, QuantizedBlock, RowState
+from onnx_kivi.runtime.select import get_backend
+from stepping import assert_same, assert_sealed, filled, sdpa
+
+pytest.importorskip("onnx_kivi._native", reason="nothing is compiled here", exc_type=ImportError)
+
+STORES = ("numpy", "native")
+
+
+def outcome(name: str, state: CacheState) -> CacheState | str:
+    """What the store holds after the import, or what it refused the state with."""
+    backend = get_backend(name)
+    try:
+        handle = backend.import_state(state)
+    except CacheError as error:
+        return str(error)
+    held = backend.export_state(handle)
+    backend.close(handle)
+    return held
+
+
+def refusal(state: CacheState) -> str:
+    """What both stores refuse the state with."""
+    words = [outcome(name, state) for name in STORES]
+    assert isinstance(words[0], str)
+    assert words[0] == words[1]
+    return words[0]
+
+
+@pytest.fixture
+def state(rng: np.random.Generator) -> CacheState:
+    """A cache of two rows whose blocks are sealed, in two slots."""
+    backend = get_backend("numpy")
+    handle = filled(backend, rng, 14, [sdpa(0, residual_length=3), sdpa(1, k_bits=32, sink_length=2)], batch=2)
+    assert_sealed(backend, handle)
+    return backend.export_state(handle)
+
+
+def with_rows(state: CacheState, *rows: RowState) -> CacheState:
+    return replace(state, slots=(replace(state.slots[0], rows=rows), *state.slots[1:]))
+
+
+def sized(row: RowState, heads: int, k_size: int, v_size: int) -> RowState:
+    """A row of the same tokens with other sizes, zeros throughout, its blocks dense."""
+
+    def key(tokens: int) -> np.ndarray:
+        return np.zeros((heads, tokens, k_size), np.float32)
+
+    def value(tokens: int) -> np.ndarray:
+        return np.zeros((heads, tokens, v_size), np.float32)
+
+    sinks, residual = row.sink_key.shape[1], row.residual_key.shape[1]
+    blocks = tuple(BlockState(key(4), value(4)) for _ in row.blocks)
+    return RowState(key(sinks), value(sinks), blocks, key(residual), value(residual))
+
+
+@pytest.mark.parametrize("sizes", [(0, 6, 6), (2, 0, 6), (2, 6, 0), (2, 6, (1 << 16) + 1)])
+def test_heads_and_sizes_are_from_one_to_the_most(state, sizes):
+    row = sized(state.slots[0].rows[0], *sizes)
+    assert refusal(with_rows(state, row, row)) == (
+        f"cache state, slot 0: expected heads and head sizes from 1 to 65536, got {sizes[0]}, {sizes[1]} and {sizes[2]}"
+    )
+
+
+@pytest.mark.parametrize("sizes", [(1, 6, 6), (3, 6, 6), (2, 4, 6), (2, 9, 6), (2, 6, 4), (2, 6, 99)])
+@pytest.mark.parametrize("first", [True, False])
+def test_the_rows_of_a_slot_have_the_same_sizes(state, sizes, first):
+    row, other = state.slots[0].rows[0], sized(state.slots[0].rows[0], *sizes)
+    assert "slot 0, residual: expected float32 (" in refusal(
+        with_rows(state, *((other, row) if first else (row, other)))
+    )
+
+
+def lies(state: CacheState) -> list[CacheState]:
+    """States that each contradict themselves in one way."""
+    first, second = state.slots
+    row, block = first.rows[0], first.rows[0].blocks[0]
+    assert isinstance(block.key, QuantizedBlock)
+    inf = np.full_like(block.key.lo, np.inf)
+
+    def with_key(**changes: Any) -> CacheState:
+        key = replace(block.key, **changes)  # type: ignore[type-var]
+        return with_rows(state, replace(row, blocks=(replace(block, key=key), *row.blocks[1:])), first.rows[1])
+
+    return [
+        replace(state, length=-1),
+        replace(state, length=13),
+        replace(state, length=2**62),
+        replace(state, step=None),
+        replace(state, slots=()),
+        replace(state, slots=(second, first)),
+        replace(state, slots=(first, first)),
+        replace(state, slots=(replace(first, rows=()), second)),
+        with_rows(state, row),
+        with_rows(state, replace(row, blocks=row.blocks[1:]), first.rows[1]),
+        with_rows(state, replace(row, blocks=(*row.blocks, block)), first.rows[1]),
+        with_rows(state, replace(row, sink_key=row.sink_key[:, :0], sink_value=row.sink_value[:, :0]), row),
+        with_rows(state, replace(row, sink_key=row.sink_key[0]), row),
+        with_rows(state, replace(row, sink_value=row.sink_value.astype(np.float64)), row),
+        with_rows(state, replace(row, residual_key=row.residual_key.astype(np.int32)), row),
+        with_rows(state, replace(row, residual_value=[[[1.0]]]), row),  # type: ignore[arg-type]
+        with_rows(state, replace(row, residual_value=row.residual_value[:, :1]), row),
+        with_key(codes=block.key.codes[:, :, :1]),
+        with_key(codes=block.key.codes.astype(np.int8)),
+        with_key(lo=inf),
+        with_key(scale=inf),
+        with_key(scale=np.zeros_like(inf)),
+        with_key(scale=-np.ones_like(inf)),
+        with_key(lo=block.key.lo.astype(np.float32)),
+        with_key(scale=block.key.scale[:1]),
+        replace(state, slots=(first, replace(second, rows=first.rows))),
+    ]
+
+
+@pytest.mark.parametrize("number", range(26))
+def test_a_state_that_contradicts_itself_is_refused_in_the_same_words(state, number):
+    assert len(lies(state)) == 26
+    assert refusal(lies(state)[number]).startswith("cache state")
+
+
+def test_arrays_of_any_strides_are_taken_for_what_they_show(state):
+    row = state.slots[0].rows[0]
+    spread = np.repeat(row.residual_key, 2, axis=2)[:, :, ::2]
+    backward = np.flip(np.flip(row.sink_value, 0).copy(), 0)
+    assert not spread.flags.c_contiguous
+    assert not backward.flags.c_contiguous
+    given = with_rows(state, replace(row, residual_key=spread, sink_value=backward), state.slots[0].rows[1])
+    held = outcome("native", given)
+    assert isinstance(held, CacheState)
+    assert_same(held, state)
+
+
+@settings(max_examples=150, deadline=None)
+@given(data=st.data())
+def test_any_change_of_shape_leaves_both_stores_with_the_same_cache_or_the_same_words(data):
+    """One array of a state gets another shape, or another type: the stores agree, and what they took they hold."""
+    backend = get_backend("numpy")
+    rng = np.random.default_rng(data.draw(st.integers(0, 99)))
+    kind = data.draw(st.sampled_from(["self", "cross"]))
+    node = sdpa(0, kind=kind, residual_length=data.draw(st.integers(0, 3)), v_group_size=data.draw(st.integers(0, 4)))
+    handle = filled(backend, rng, data.draw(st.integers(1, 14)), [node], batch=2)
+    state = backend.export_state(handle)
+    backend.close(handle)
+    row = state.slots[0].rows[0]
+    name = data.draw(st.sampled_from(["sink_key", "sink_value", "residual_key", "residual_value"]))
+    array = getattr(row, name)
+    shape = data.draw(st.lists(st.integers(0, 7), min_size=3, max_size=3))
+    changed = np.zeros(shape, data.draw(st.sampled_from([np.float32, np.float64])))
+    both = data.draw(st.booleans())
+    rows = (replace(row, **{name: changed}),) * 2 if both else (replace(row, **{name: changed}), state.slots[0].rows[1])
+    first, second = (outcome(store, with_rows(state, *rows)) for store in STORES)
+    if isinstance(first, str) or isinstance(second, str):
+        assert first == second, array.shape
+    else:
+        assert_same(first, second)
+
+
+def test_a_file_that_lies_with_a_right_checksum_does_not_end_the_process(state, tmp_path):
+    """In a process of its own, because what this guards against is a crash."""
+    row = state.slots[0].rows[0]
+    small, large = sized(row, 1, 1, 1), sized(row, 4, 40, 40)
+    states = [with_rows(state, *(sized(row, *s),) * 2) for s in ((0, 6, 6), (2, 0, 6), (2, 6, 0))]
+    states += [with_rows(state, small, large), with_rows(state, large, small)]
+    from onnx_kivi.runtime.cache_file import save_state
+
+    for i, lie in enumerate(states):
+        save_state(tmp_path / f"{i}.kv", lie)
+    code = """
+import sys
+from onnx_kivi.errors import CacheError
+from onnx_kivi.runtime.cache import Cache
+from onnx_kivi.runtime.select import get_backend
+for path in sys.argv[1:]:
+    for name in ("numpy", "native"):
+        try:
+            Cache.load(path, get_backend(name))
+        except CacheError:
+            continue
+        sys.exit(path + " was taken")
+"""
+    files = [str(tmp_path / f"{i}.kv") for i in range(len(states))]
+    subprocess.run([sys.executable, "-c", code, *files], check=True, timeout=60)

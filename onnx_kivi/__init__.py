@@ -2,51 +2,80 @@
 
 from __future__ import annotations
 
-from importlib.metadata import PackageNotFoundError, version
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
-from .config import KiviConfig
-from .errors import (
-    BackendUnavailableError,
-    CacheError,
-    ConfigError,
-    KiviError,
-    SpecMismatchError,
-    UnsupportedModelError,
-)
-from .graph import load, save
-from .measure.verify import Verification, verify
-from .rewrite.inspector import inspect
-from .rewrite.report import Report
-from .rewrite.rewriter import rewrite
-from .run.session import Session
-from .runtime.cache import Cache
-from .runtime.hosts import library_path, register
-from .runtime.numpy_backend.quantize import quant_dequant
+if TYPE_CHECKING:
+    from .config import KiviConfig as KiviConfig
+    from .errors import BackendUnavailableError as BackendUnavailableError
+    from .errors import CacheError as CacheError
+    from .errors import ConfigError as ConfigError
+    from .errors import KiviError as KiviError
+    from .errors import SpecMismatchError as SpecMismatchError
+    from .errors import UnsupportedModelError as UnsupportedModelError
+    from .graph import load as load
+    from .graph import save as save
+    from .measure.verify import Verification as Verification
+    from .measure.verify import verify as verify
+    from .rewrite.inspector import inspect as inspect
+    from .rewrite.report import Report as Report
+    from .rewrite.rewriter import rewrite as rewrite
+    from .run.session import Session as Session
+    from .runtime.cache import Cache as Cache
+    from .runtime.hosts import library_path as library_path
+    from .runtime.hosts import register as register
+    from .runtime.numpy_backend.quantize import quant_dequant as quant_dequant
 
-try:
-    __version__ = version("onnx_kivi")
-except PackageNotFoundError:
-    __version__ = "0+uninstalled"
+    __version__: str
 
-__all__ = [
-    "BackendUnavailableError",
-    "Cache",
-    "CacheError",
-    "ConfigError",
-    "KiviConfig",
-    "KiviError",
-    "Report",
-    "Session",
-    "SpecMismatchError",
-    "UnsupportedModelError",
-    "Verification",
-    "__version__",
-    "inspect",
-    "library_path",
-    "load",
-    "quant_dequant",
-    "register",
-    "rewrite",
-    "save",
-    "verify",
-]
+_HOMES = {
+    "BackendUnavailableError": "errors",
+    "Cache": "runtime.cache",
+    "CacheError": "errors",
+    "ConfigError": "errors",
+    "KiviConfig": "config",
+    "KiviError": "errors",
+    "Report": "rewrite.report",
+    "Session": "run.session",
+    "SpecMismatchError": "errors",
+    "UnsupportedModelError": "errors",
+    "Verification": "measure.verify",
+    "inspect": "rewrite.inspector",
+    "library_path": "runtime.hosts",
+    "load": "graph",
+    "quant_dequant": "runtime.numpy_backend.quantize",
+    "register": "runtime.hosts",
+    "rewrite": "rewrite.rewriter",
+    "save": "graph",
+    "verify": "measure.verify",
+}
+
+__all__ = [*_HOMES, "__version__"]  # noqa: PLE0604
+
+# The first import of a room binds its name here. Of `rewrite`, which is also a public function, that is undone at once.
+import_module(".rewrite", __name__)
+del globals()["rewrite"]
+
+
+def __getattr__(name: str) -> Any:
+    """A public name, from the module that _HOMES says: none is imported before it is used."""
+    if name == "__version__":
+        value: Any = _version()
+    elif name in _HOMES:
+        value = getattr(import_module(f".{_HOMES[name]}", __name__), name)
+    else:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return globals().setdefault(name, value)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+def _version() -> str:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version("onnx_kivi")
+    except PackageNotFoundError:
+        return "0+uninstalled"

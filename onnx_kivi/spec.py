@@ -31,6 +31,8 @@ DEFAULT_HANDLE = 0
 COMMITTED_LENGTH = -1
 ALL_NEW = -1
 NO_STEP = -1
+CONTROL_INPUTS = {HANDLE_INPUT: DEFAULT_HANDLE, PAST_LENGTH_INPUT: COMMITTED_LENGTH, NEW_LENGTH_INPUT: ALL_NEW}
+"""The inputs that a rewritten model has beside the original's, with their defaults."""
 
 SELF = "self"
 CROSS = "cross"

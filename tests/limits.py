@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 import onnx_kivi as kivi
+from onnx_kivi.measure.synthetic import synthetic_stepper
 from onnx_kivi.run.session import open_model
 from onnx_kivi.run.stepper import Stepper
 
@@ -26,9 +27,9 @@ HALF_ROUNDING = 2e-2
 EIGHT_BITS = 0.05
 
 
-def original_stepper(path: Path) -> Stepper:
-    """The original, its cache inputs paired with outputs and sized as `inspect` says."""
-    return Stepper(open_model(path), facts=kivi.inspect(path).cache_facts)
+def original_stepper(path: Path, batch: int = 1) -> Stepper:
+    """The original, its cache inputs paired with outputs and sized as `inspect` says, with a random encoder."""
+    return synthetic_stepper(open_model(path), batch=batch, facts=kivi.inspect(path).cache_facts)
 
 
 def difference(expected: Array, actual: Array) -> float:

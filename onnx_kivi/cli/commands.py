@@ -16,6 +16,7 @@ from .. import graph
 from ..config import KiviConfig, parse_layer_bits
 from ..errors import ConfigError
 from ..measure import demo as demo_run
+from ..measure import host_bench as bench_host
 from ..measure import kernel_bench as bench_kernel
 from ..measure import model_bench as bench_model
 from ..measure.perplexity import evaluate
@@ -32,6 +33,7 @@ from .views import (
     bench_view,
     demo_view,
     generated_view,
+    host_bench_view,
     info_view,
     kernel_bench_view,
     perplexity_view,
@@ -183,6 +185,12 @@ def kernel_bench(args: argparse.Namespace, progress: Progress) -> Outcome:
         progress=progress,
     )
     return Outcome(dataclasses.asdict(result), kernel_bench_view(result))
+
+
+def host_bench(args: argparse.Namespace, progress: Progress) -> Outcome:
+    """What a node costs on each host."""
+    costs = bench_host.host_bench(turns=args.turns, progress=progress)
+    return Outcome({"rows": [dataclasses.asdict(cost) for cost in costs]}, host_bench_view(costs))
 
 
 def demo(args: argparse.Namespace, progress: Progress) -> Outcome:

@@ -20,9 +20,10 @@ from rich.console import Console
 
 from .. import __version__
 from ..errors import KiviError
-from ..progress import Progress, progress_bar
+from ..progress import Progress
 from ..spec import BITS
 from . import commands
+from .progress_bar import progress_bar
 
 Run = Callable[[argparse.Namespace, Progress], commands.Outcome]
 
@@ -110,6 +111,7 @@ def build_parser() -> argparse.ArgumentParser:
     _ppl(command("ppl", commands.perplexity, "Perplexity.", "small.onnx --tokenizer DIR --reference model.onnx"))
     _bench(command("bench", commands.bench, "Speed and memory by context.", "small.onnx --reference model.onnx"))
     _kernel_bench(command("kernel-bench", commands.kernel_bench, "One decode step of attention, against others.", ""))
+    _host_bench(command("host-bench", commands.host_bench, "What a node costs on each host.", "--turns 1000"))
     _demo(command("demo", commands.demo, "The main job on a real small model, from nothing.", ""))
     command("info", commands.info, "Versions, hosts and backends available, and the ISA chosen.", "")
     return parser
@@ -174,6 +176,10 @@ def _kernel_bench(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--context", type=int, default=16384, metavar="N", help="tokens in the cache (default 16384)")
     parser.add_argument("--bits", type=int, default=8, choices=BITS, help="of our cache (default 8)")
     parser.add_argument("--threads", type=int, default=1, metavar="N", help="of every contender (default 1)")
+
+
+def _host_bench(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--turns", type=int, default=300, metavar="N", help="runs of each host (default 300)")
 
 
 def _demo(parser: argparse.ArgumentParser) -> None:

@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ..measure.demo import Demo, Share
+from ..measure.host_bench import HostCost
 from ..measure.kernel_bench import KernelBench
 from ..measure.model_bench import Row
 from ..measure.perplexity import Evaluation
@@ -179,3 +180,9 @@ def kernel_bench_view(result: KernelBench) -> Table:
         share = "" if ratio is None else f"{ratio:.2f}x" if row["name"] != "stream" else f"{ratio:.2f} of the limit"
         table.add_row(str(row["name"]), f"{row['ms']:.3f}", f"{row['gb_per_s']:.1f}", share)
     return table
+
+
+def host_bench_view(costs: Sequence[HostCost]) -> Table:
+    """One line per host."""
+    rows = {f"{cost.host} host, {cost.backend} backend": f"{cost.us_per_node:.1f} us per node" for cost in costs}
+    return facts(rows, title="host-bench: beyond the backend's math")

@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import onnx
-import onnx_graphsurgeon as gs
 from onnx import helper, numpy_helper
 
 from ..errors import UnsupportedModelError
@@ -166,6 +165,8 @@ def _replace(field: Any, items: Sequence[Any]) -> None:
 
 def _needed(protos: Sequence[onnx.NodeProto], captured: Sequence[Collection[str]], outputs: Sequence[str]) -> list[int]:
     """Indices of the nodes that the outputs need, in topological order."""
+    import onnx_graphsurgeon as gs
+
     tensors: dict[str, gs.Variable] = {}
 
     def variable(name: str) -> gs.Variable:

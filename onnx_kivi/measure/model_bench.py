@@ -21,6 +21,7 @@ from ..run.stepper import Stepper
 from ..runtime.backend import CacheState
 from ..runtime.cache import Cache
 from ..spec import COMMITTED_LENGTH
+from .synthetic import synthetic_stepper
 
 FILL_TOKENS = 4096
 WARM_UP = 2
@@ -57,10 +58,9 @@ def bench(
     for n, context in enumerate(contexts):
         progress(f"decoding at {context} tokens", n / len(contexts))
         with _filled(session, template, context) as cache:
-            steppers = [Stepper(session, cache)]
+            steppers = [synthetic_stepper(session, cache)]
             if original is not None:
-                steppers.append(Stepper(original))
-                steppers[1].fill(context)
+                steppers.append(synthetic_stepper(original, length=context))
             ms = _take_turns(steppers, new_tokens)
             sizes = [stepper.cache_bytes for stepper in steppers]
         rows.append(Row(context, ms[0], ms[1] if original else None, sizes[0], sizes[1] if original else None))
@@ -110,7 +110,7 @@ def plot(curves: Mapping[str, Sequence[Row]], path: str | os.PathLike[str]) -> N
 def _template(session: Session) -> CacheState:
     """One token's cache: tells each slot's attributes and shapes."""
     with session.new_cache() as cache:
-        Stepper(session, cache).step(np.ones((1, 1), np.int64))
+        synthetic_stepper(session, cache).step(np.ones((1, 1), np.int64))
         return session.backend.export_state(cache.handle)
 
 

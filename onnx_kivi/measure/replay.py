@@ -13,9 +13,11 @@ import onnxruntime as ort
 from ..errors import UnsupportedModelError
 from ..rewrite.report import Report
 from ..run.session import Session, open_model, quiet_options
-from ..run.stepper import ENCODER_TOKENS, Stepper
+from ..run.signature import Signature
+from ..run.stepper import Stepper
 from ..runtime.cache import Cache
 from .perplexity import log_softmax
+from .synthetic import ENCODER_TOKENS, synthetic_stepper
 
 FloatArray = npt.NDArray[np.float32]
 IntArray = npt.NDArray[np.int64]
@@ -90,14 +92,14 @@ class Reference:
         session = open_model(path, _silent_options())
         pads_right = any(site.family == "gqa" for site in report.sites)
         has_mask = any(i.name == "attention_mask" for i in session.get_inputs())
-        vocabulary = _vocabulary(session)
+        vocabulary = Signature(session).vocabulary or VOCABULARY
         self._runs: list[tuple[Tokens, FloatArray]] = []
         failure: Exception | None = None
         for rows, pad in dict.fromkeys([(batch, 0 if pads_right or not has_mask else PAD), (1, 0)]):
             for prompt in prompts:
                 tokens = Tokens.random(rows, pad, (prompt, CHUNK, *[1] * steps), vocabulary, seed)
                 try:
-                    self._runs.append((tokens, tokens.replay(self._stepper(session))))
+                    self._runs.append((tokens, tokens.replay(self._stepper(session, tokens))))
                 except UnsupportedModelError:
                     raise
                 except Exception as error:
@@ -116,7 +118,7 @@ class Reference:
         options = _silent_options()
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
         session = open_model(self._path, options)
-        return max(_compare(t, y, t.replay(self._stepper(session)), 0).max_rel_diff for t, y in self._runs)
+        return max(_compare(t, y, t.replay(self._stepper(session, t)), 0).max_rel_diff for t, y in self._runs)
 
     def compare(self, path: str | os.PathLike[str]) -> Divergence:
         """Divergence of a rewritten model, over all runs."""
@@ -124,7 +126,7 @@ class Reference:
         scores = []
         for tokens, expected in self._runs:
             with session.new_cache() as cache:
-                stepper = self._stepper(session, cache)
+                stepper = self._stepper(session, tokens, cache)
                 scores.append(_compare(tokens, expected, tokens.replay(stepper), cache.sealed_tokens))
         weights = [s.tokens for s in scores]
         return Divergence(
@@ -136,8 +138,10 @@ class Reference:
             sum(weights),
         )
 
-    def _stepper(self, session: ort.InferenceSession | Session, cache: Cache | None = None) -> Stepper:
-        return Stepper(session, cache, facts=self._facts, encoder_tokens=self._encoder_tokens)
+    def _stepper(self, session: ort.InferenceSession | Session, tokens: Tokens, cache: Cache | None = None) -> Stepper:
+        return synthetic_stepper(
+            session, cache, batch=len(tokens.ids), facts=self._facts, encoder_tokens=self._encoder_tokens
+        )
 
 
 def _silent_options() -> ort.SessionOptions:
@@ -167,8 +171,3 @@ def _rel_diff(x: FloatArray, y: FloatArray) -> float:
     """Largest difference over the range of x; infinite where y is NaN."""
     difference = float(np.abs(x - y).max() / max(float(np.ptp(x)), 1e-9))
     return difference if np.isfinite(difference) else float("inf")
-
-
-def _vocabulary(session: ort.InferenceSession) -> int:
-    last = next((o.shape[-1] for o in session.get_outputs() if o.name == "logits"), None)
-    return last if isinstance(last, int) else VOCABULARY

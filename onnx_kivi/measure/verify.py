@@ -21,10 +21,11 @@ from ..progress import Progress, silent
 from ..rewrite.inspector import inspect
 from ..rewrite.report import Report
 from ..rewrite.rewriter import dense
+from ..run.generate import check_seed
 from ..run.session import NotRewrittenError
-from ..run.stepper import ENCODER_TOKENS
 from ..spec import CROSS, DENSE_BITS, DOMAIN, QUANTIZED_KV_SDPA, QUANTIZED_KV_SDPA_V2, SdpaAttributes
 from .replay import Divergence, Reference
+from .synthetic import ENCODER_TOKENS
 
 DENSE_PROMPTS = (24, 8)
 ATTENTION = [f"{DOMAIN}.{op.name}" for op in (QUANTIZED_KV_SDPA, QUANTIZED_KV_SDPA_V2)]
@@ -33,7 +34,7 @@ ROUNDING = {"float": (1e-4, 1e-3), "float16": (5e-3, 2e-2), "bfloat16": (2e-2, 1
 # Inside a model that rounds activations to 8 bits, a last bit of difference can move one by a whole step of 1/127.
 INT8_ROUNDING = (2e-2, 5e-2)
 # Quantization: (mean KL in nats, top-1 agreement) that a sound cache of so many bits keeps even on random weights,
-# whose logits are nearly tied; trained models stay far below (README, "Quality").
+# whose logits are nearly tied; trained models stay far below (README, "What to expect").
 LIMITS = {8: (1e-3, 0.9), 4: (0.1, 0.5), 2: (1.5, 0.2)}
 
 
@@ -97,6 +98,7 @@ def verify(
     for name, value in (("prompt", prompt), ("steps", steps), ("batch", batch)):
         if value is not None and value < 1:
             raise ConfigError(f"{name}: expected an integer >= 1, got {value}")
+    check_seed(seed)
     slots = _slots(rewritten)
     report = report or inspect(original, cross=any(a.kind == CROSS for a in slots))
     quantized = [a for a in slots if min(a.k_bits, a.v_bits) < DENSE_BITS]

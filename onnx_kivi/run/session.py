@@ -17,7 +17,8 @@ from ..runtime.cache import Cache
 from ..runtime.hosts import choose, register, take_error
 from ..spec import HANDLE_INPUT, NEW_LENGTH_INPUT, PAST_LENGTH_INPUT, STORED_TOKENS
 from .generate import generate
-from .stepper import ELEMENTS, Stepper
+from .signature import ELEMENTS
+from .stepper import Stepper
 
 ERROR = 3
 
@@ -128,9 +129,11 @@ class Session:
     ) -> Iterator[int]:
         """Generate after the prompt `ids`, one token id at a time, greedily or by sampling (temperature > 0).
 
-        inputs: what the model takes beside tokens, by input name: an encoder's keys, values and mask. Starts a new
-        conversation on a fresh cache, unless `cache` is given, which is then continued. Stops after
-        max_new_tokens or at (and without) a stop token. Raises ConfigError for options out of range.
+        inputs: what the model takes beside tokens, by input name: an encoder's keys, values and mask. States that the
+        model carries itself start at zero. Starts a new conversation on a fresh cache, unless `cache` is given, which
+        is then continued. Stops after max_new_tokens or at (and without) a stop token. Raises ConfigError for ids,
+        options or names of inputs out of range, and with the first token UnsupportedModelError for an input that is
+        still missing, such as embeddings.
         """
         return generate(
             Stepper(self, self.new_cache() if cache is None else cache, given=inputs or {}),

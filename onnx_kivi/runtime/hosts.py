@@ -12,7 +12,6 @@ from weakref import WeakKeyDictionary
 import onnxruntime as ort
 
 from ..errors import BackendUnavailableError, ConfigError
-from . import python_host
 from .backend import Backend
 from .select import get_backend
 
@@ -55,7 +54,7 @@ def register(options: ort.SessionOptions, *, host: str = "auto", backend: str = 
     if server == "native":
         _native().register(options)
     else:
-        python_host.register(options, chosen.name)
+        _python().register(options, chosen.name)
     _servers[options] = asked
 
 
@@ -63,7 +62,7 @@ def take_error(host: str, handles: Sequence[int], failure: Exception | None) -> 
     """What the op refused in the last run on these caches, if anything; `failure` is what onnxruntime raised."""
     error: BaseException | None
     if host == "python":
-        error = python_host.take_error(handles)
+        error = _python().take_error(handles)
     else:
         error = None if failure is None else _native().error_from(failure)
     return error
@@ -107,6 +106,13 @@ def describe() -> dict[str, Any]:
             "threads": native.thread_count(),
         }
     return facts | {name: version(name) for name in ("onnx", "onnxruntime", "onnxruntime_extensions", "numpy")}
+
+
+def _python() -> ModuleType:
+    """The Python host, imported when it serves: onnxruntime-extensions imports transformers where that is installed."""
+    from . import python_host
+
+    return python_host
 
 
 def _native() -> ModuleType:

@@ -7,6 +7,7 @@ import logging
 import os
 
 from ..errors import BackendUnavailableError, ConfigError
+from ..paths import source_tree
 from .backend import Backend
 from .numpy_backend.store import NumpyBackend
 
@@ -47,10 +48,21 @@ def _native() -> Backend:
         backend: Backend = NativeBackend()
     except ImportError as error:
         raise BackendUnavailableError(
-            f"backend native: expected the compiled module onnx_kivi._native, got: {error}; install a C++ compiler and "
-            "then onnx_kivi again, or use backend='numpy'"
+            f"backend native: expected the compiled module onnx_kivi._native, got {_instead(error)}, or use "
+            "backend='numpy'"
         ) from error
     return backend
+
+
+def _instead(error: ImportError) -> str:
+    """What was got in the place of the compiled module, and what to do."""
+    root = source_tree()
+    if root is not None:
+        return (
+            f"the source tree at {root}, not the installed package: run from another folder or set PYTHONSAFEPATH=1 "
+            "to use the installed one"
+        )
+    return f"the error {str(error)!r}; install a C++ compiler and then onnx_kivi again"
 
 
 @functools.cache

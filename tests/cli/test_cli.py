@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -143,7 +144,8 @@ def test_info(run: Run) -> None:
 
 
 def test_help_has_an_example(run: Run) -> None:
-    for command in ("inspect", "rewrite", "verify", "generate", "ppl", "bench", "kernel-bench", "demo", "info"):
+    benches = ("bench", "kernel-bench", "host-bench")
+    for command in ("inspect", "rewrite", "verify", "generate", "ppl", *benches, "demo", "info"):
         code, out, _ = run(command, "--help")
         assert code == 0
         assert f"example: onnx-kivi {command}" in " ".join(out.split())
@@ -172,6 +174,13 @@ def test_kernel_bench_rows(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     assert all(row["ms"] > 0 and row["gb_per_s"] > 0 for row in data["rows"])
 
 
+def test_host_bench_rows(run: Run) -> None:
+    rows = json_of(run("host-bench", "--turns", 2, "--json"))["rows"]
+    assert [row["host"] for row in rows] == describe()["hosts"]
+    assert all(math.isfinite(row["us_per_node"]) for row in rows)
+    assert run("host-bench", "--turns", 0)[0] == 2
+
+
 def old_file(tmp_path: Path) -> Path:
     out = tmp_path / "out.onnx"
     out.write_bytes(b"old")
@@ -183,10 +192,10 @@ def old_file(tmp_path: Path) -> Path:
     [
         (("--bits", 5), "k_bits: expected one of 2, 4, 8, 32, got 5"),
         (("--k-bits", 3), "k_bits: expected one of 2, 4, 8, 32, got 3"),
-        (("--block-tokens", 0), "block_tokens: expected an integer >= 1, got 0"),
-        (("--residual", -1), "residual_length: expected an integer >= 0, got -1"),
-        (("--sinks", -1), "sink_length: expected an integer >= 0, got -1"),
-        (("--v-group-size", -2), "v_group_size: expected an integer >= 0, got -2"),
+        (("--block-tokens", 0), "block_tokens: expected an integer from 1 to"),
+        (("--residual", -1), "residual_length: expected an integer from 0 to"),
+        (("--sinks", -1), "sink_length: expected an integer from 0 to"),
+        (("--v-group-size", -2), "v_group_size: expected an integer from 0 to"),
         (("--layer-bits", "0-8"), "layer bits: expected LAYERS:BITS"),
         (("--bits", "many"), "invalid int value"),
     ],
@@ -287,8 +296,11 @@ def test_what_onnxruntime_refuses_is_one_line(tmp_path: Path, rewritten: Callabl
     tokenizers = pytest.importorskip("tokenizers", exc_type=ImportError)
     vocabulary = {"Once": 70000, "[UNK]": 0}
     tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
     tokenizer.save(str(tmp_path / "tokenizer.json"))
-    code, _, errors = run("generate", rewritten(8), "--tokenizer", tmp_path, "--prompt", "Once")
+    (tmp_path / "text").write_text("Once " * 8)
+    args = ("--tokenizer", tmp_path, "--text", tmp_path / "text", "--window", 8)
+    code, _, errors = run("ppl", rewritten(8), *args)
     assert code == 2
     assert "Traceback" not in errors
     assert "70000" in errors

@@ -16,11 +16,8 @@ from onnx import TensorProto, helper
 from nodes import feeds, model
 from onnx_kivi.errors import CacheError, ConfigError, SpecMismatchError
 from stepping import NOTHING, assert_same, run, sdpa, tokens
-from stepping import model as step_model
 
 native = pytest.importorskip("onnx_kivi.runtime.native", reason="nothing is compiled here", exc_type=ImportError)
-
-OVERHEAD_SECONDS = 5e-6
 
 
 @pytest.fixture
@@ -301,46 +298,6 @@ def test_two_runs_on_one_handle_end_in_a_clear_error_or_in_order(backend, rng):
     assert all("give each of the runs its own cache" in str(e) for e in errors)
     assert backend.length(handle) == 3 * (120 - len(errors))
     backend.close(handle)
-
-
-def test_a_node_costs_little_beyond_its_math(backend, rng):
-    """At (1, 32, 1, 128). Math: the same calls made directly, less what such a call costs when it computes next to
-    nothing (one head of one channel). The best of interleaved runs, as many as it takes, because a busy machine
-    only ever adds."""
-    layers = 32
-    nodes = [sdpa(i, block_tokens=64) for i in range(layers)]
-    tiny = [sdpa(i, block_tokens=64) for i in range(layers)]
-    served = session(model(nodes, "cost"))
-    query, key = tokens(rng, 1, heads=32, size=128), tokens(rng, 1, heads=8, size=128)
-    one = tokens(rng, 1, heads=1, size=1)
-    through, direct, least = (backend.new_cache() for _ in range(3))
-    inputs = feeds(key, key, q_heads=32, cache_handle=through, past_length=0) | {"query": query}
-    seconds: dict[str, list[float]] = {"served": [], "direct": [], "least": []}
-
-    def calls(handle: int, model_id: str, attributes: list[Any], q: np.ndarray, k: np.ndarray) -> None:
-        _, ticket = backend.open_step(handle, 0, step_model(layers, model_id))
-        for node in attributes:
-            backend.attend(ticket, node, q, k, k, NOTHING, NOTHING)
-
-    def beyond_math() -> float:
-        served_s, direct_s, least_s = (min(seconds[name]) / layers for name in seconds)
-        return served_s - (direct_s - least_s)
-
-    for i in range(2000):
-        start = time.perf_counter()
-        served.run(None, inputs)
-        after_served = time.perf_counter()
-        calls(direct, "cost", nodes, query, key)
-        after_direct = time.perf_counter()
-        calls(least, "least", tiny, one, one)
-        seconds["served"].append(after_served - start)
-        seconds["direct"].append(after_direct - after_served)
-        seconds["least"].append(time.perf_counter() - after_direct)
-        if i >= 100 and beyond_math() <= OVERHEAD_SECONDS:
-            break
-    assert beyond_math() <= OVERHEAD_SECONDS
-    for handle in (through, direct, least):
-        backend.close(handle)
 
 
 @pytest.mark.slow

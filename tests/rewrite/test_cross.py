@@ -30,6 +30,7 @@ from cross_graphs import (
     rewritten,
 )
 from limits import EIGHT_BITS, ROUNDING, difference, original_stepper
+from onnx_kivi.measure.synthetic import synthetic_stepper
 from onnx_kivi.rewrite.savings import cache_bytes, original_bytes
 from onnx_kivi.run.generate import generate
 from onnx_kivi.run.session import open_model, quiet_options
@@ -73,7 +74,7 @@ def test_zoo_quantized_is_close_and_not_identical(name: str, tmp_path: Path, ope
     """With no self slot quantized but for what is behind, the encoder's tokens alone make the difference."""
     session = open_session(rewritten(MODELS[name], tmp_path, SMALL))
     cache = session.new_cache()
-    original, quantized = original_stepper(MODELS[name]), Stepper(session, cache)
+    original, quantized = original_stepper(MODELS[name], 2), synthetic_stepper(session, cache, batch=2)
     ids = np.random.default_rng(5).integers(3, 100, (2, STEPS))
     differences = [difference(original.step(ids[:, [t]]), quantized.step(ids[:, [t]])) for t in range(STEPS)]
     assert cache.sealed_tokens > 0

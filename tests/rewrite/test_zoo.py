@@ -15,7 +15,8 @@ import pytest
 
 import onnx_kivi as kivi
 from limits import EIGHT_BITS, HALF_ROUNDING, ROUNDING, difference, original_stepper
-from onnx_kivi.run.stepper import ELEMENTS, Stepper
+from onnx_kivi.measure.synthetic import synthetic_stepper
+from onnx_kivi.run.signature import ELEMENTS
 from zoo import MODELS, README, REFUSED, readme
 
 Array = npt.NDArray[Any]
@@ -87,7 +88,7 @@ def test_quantized_rewrite_is_close_and_not_identical(name: str, tmp_path: Path)
     cache = session.new_cache()
     ends = range(1, QUANTIZED_ENDS[-1] + 1) if "with_past" in name else QUANTIZED_ENDS
     ids = np.random.default_rng(5).integers(3, 100, (1, QUANTIZED_ENDS[-1]))
-    original, quantized = original_stepper(MODELS[name]), Stepper(session, cache)
+    original, quantized = original_stepper(MODELS[name]), synthetic_stepper(session, cache)
     start, differences = 0, []
     for end in ends:
         differences.append(difference(original.step(ids[:, start:end]), quantized.step(ids[:, start:end])))

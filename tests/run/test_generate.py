@@ -13,12 +13,14 @@ from onnx_kivi.run.generate import generate, sample
 class Counting:
     """Expects the token after the last one it was fed, and records what it was fed."""
 
+    vocabulary = 100
+
     def __init__(self) -> None:
         self.fed: list[list[int]] = []
 
     def step(self, ids: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
         self.fed.append(ids[0].tolist())
-        return np.eye(100, dtype=np.float32)[ids + 1] * 20
+        return np.eye(self.vocabulary, dtype=np.float32)[ids + 1] * 20
 
 
 def test_greedy_feeds_the_prompt_once_and_then_single_tokens() -> None:

@@ -14,6 +14,7 @@ import pytest
 
 import onnx_kivi as kivi
 from graphs import decoder as hand_written
+from onnx_kivi.measure.synthetic import synthetic_stepper
 from onnx_kivi.run.session import open_model, quiet_options
 from onnx_kivi.run.stepper import Stepper
 from onnx_kivi.runtime.select import get_backend
@@ -50,8 +51,8 @@ def test_a_cache_whose_tokens_are_last_is_filled_along_them(tmp_path: Path) -> N
         transpose=None,
     )
     onnx.save(model, tmp_path / "model.onnx")
-    decoder = Stepper(open_model(tmp_path / "model.onnx"), facts=kivi.inspect(model).cache_facts)
-    decoder.fill(5)
+    facts = kivi.inspect(model).cache_facts
+    decoder = synthetic_stepper(open_model(tmp_path / "model.onnx"), facts=facts, length=5)
     assert decoder.cache_bytes == 2 * 2 * 5 * 8 * 4
 
 

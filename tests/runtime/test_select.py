@@ -44,7 +44,7 @@ def test_an_unknown_name_is_refused():
 
 @pytest.mark.usefixtures("no_native")
 def test_without_the_compiled_module_native_says_why():
-    with pytest.raises(BackendUnavailableError, match=r"expected the compiled module onnx_kivi\._native, got: "):
+    with pytest.raises(BackendUnavailableError, match=r"expected the compiled module onnx_kivi\._native, got "):
         select.get_backend("native")
 
 

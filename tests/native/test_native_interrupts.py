@@ -24,12 +24,13 @@ rng = np.random.default_rng(1)
 LAYERS = 40
 proto = model([sdpa(i, block_tokens=64, v_group_size=0) for i in range(LAYERS)], "long").SerializeToString()
 long, short = tokens(rng, 4000, heads=8, size=128), tokens(rng, 5, heads=8, size=128)
-def interrupt_soon():
+long_feeds, short_feeds = feeds(long, long), feeds(short, short)
+def interrupt(is_running=lambda: True):
     def send():
-        while not sent and not done:
-            time.sleep(0.2)
-            sent.append(os.kill(os.getpid(), signal.SIGINT))
-    sent, done = [], []
+        while not is_running():
+            time.sleep(0.01)
+        time.sleep(0.3)
+        os.kill(os.getpid(), signal.SIGINT)
     thread = threading.Thread(target=send)
     thread.start()
     return thread
@@ -48,15 +49,15 @@ def test_a_long_run_is_ended_and_the_cache_is_as_before():
     """It would take tens of seconds: 40 layers of 4,000 tokens; one that was not ended would commit them."""
     code = """
 session = Session(proto, host="native")
-session.run(None, feeds(short, short))
+session.run(None, short_feeds)
 for _ in range(2):
-    sender = interrupt_soon()
+    sender = interrupt(session.cache.run_lock.locked)
     try:
-        session.run(None, feeds(long, long))
+        session.run(None, long_feeds)
     except KeyboardInterrupt:
         print("interrupted", session.cache.length)
     sender.join()
-past, *outputs = session.run(None, feeds(short, short))
+past, *outputs = session.run(None, short_feeds)
 print(past.tolist(), session.cache.length, all(np.isfinite(o).all() for o in outputs))
 print(signal.getsignal(signal.SIGINT) is signal.default_int_handler)
 """
@@ -69,17 +70,17 @@ options = ort.SessionOptions()
 options.log_severity_level = 4
 native.register(options)
 session = ort.InferenceSession(proto, options, providers=["CPUExecutionProvider"])
-sender = interrupt_soon()
+sender = interrupt()
 try:
     try:
-        session.run(None, feeds(long, long))
+        session.run(None, long_feeds)
     except Exception as error:
         assert "the run was interrupted" in str(error), error
         time.sleep(60)
 except KeyboardInterrupt:
     print("interrupted")
 sender.join()
-print(session.run(None, feeds(short, short))[0].tolist())
+print(session.run(None, short_feeds)[0].tolist())
 """
     assert child(code) == "interrupted\n[0]\n"
 
@@ -106,9 +107,9 @@ def test_a_handler_of_the_users_own_is_called_and_the_run_still_ends():
 calls = []
 signal.signal(signal.SIGINT, lambda *_: calls.append("called"))
 session = Session(proto, host="native")
-sender = interrupt_soon()
+sender = interrupt(session.cache.run_lock.locked)
 try:
-    session.run(None, feeds(long, long))
+    session.run(None, long_feeds)
 except Exception as error:
     print("the run was interrupted, and its tokens are dropped" in str(error))
 sender.join()

@@ -118,7 +118,9 @@ class SdpaAttributes(NodeAttributes):
     softcap: float = attribute("scores become softcap * tanh(scores / softcap); 0 = none (decimal string)", 0.0)
     is_causal: int = attribute("1: query i sees keys j <= P + i only", 0)
     window: int = attribute("query i sees keys P + i - window < j <= P + i only; 0 = no window", 0)
-    nan_to_zero: int = attribute("1: a softmax row that is NaN (all -inf) becomes zeros", 0)
+    nan_to_zero: int = attribute(
+        "1: a softmax row that is NaN (all -inf, or a NaN, +inf or score beyond float32) becomes zeros", 0
+    )
     window_sinks: int = attribute("first tokens that a query sees beside its window", 0, since=2)
     k_scheme: str = attribute("how key codes are made: `affine` (per channel of a block)", AFFINE, since=2)
     v_scheme: str = attribute("how value codes are made: `affine` (per token and group)", AFFINE, since=2)

@@ -11,7 +11,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from onnx_kivi import spec
+from onnx_kivi import spec, spec_types
 from onnx_kivi.errors import CacheError
 from onnx_kivi.runtime.backend import Backend
 from onnx_kivi.runtime.select import get_backend
@@ -24,9 +24,10 @@ _native = pytest.importorskip("onnx_kivi._native", reason="nothing is compiled h
 ATTENTION_TOLERANCE = 5e-3
 
 
-def test_the_native_tables_are_those_of_the_spec():
+@pytest.mark.parametrize("version", spec_types.VERSIONS)
+def test_the_native_tables_are_those_of_the_spec(version):
     def rows(attributes):
-        return [(a.name, a.wire, a.default) for a in attributes.specs()]
+        return [(a.name, a.wire, a.default) for a in attributes.specs(version)]
 
     def native_rows(specs):
         wired = [
@@ -35,8 +36,8 @@ def test_the_native_tables_are_those_of_the_spec():
         assert {wire for _, wire, _ in wired} == {"int", "string"}
         return wired
 
-    assert native_rows(_native.step_attribute_specs()) == rows(spec.StepAttributes)
-    assert native_rows(_native.sdpa_attribute_specs()) == rows(spec.SdpaAttributes)
+    assert native_rows(_native.step_attribute_specs(version)) == rows(spec.StepAttributes)
+    assert native_rows(_native.sdpa_attribute_specs(version)) == rows(spec.SdpaAttributes)
     floats = [t for t in spec.QUANTIZED_KV_SDPA.inputs if t.element == "float"]
     assert _native.tensor_specs() == [(t.name, t.shape, t.optional, t.broadcast) for t in floats]
 

@@ -27,9 +27,9 @@ public:
     void compute(OrtKernelContext* context) {
         RuntimeThreads::begin_run();
         const bool has_rows = op_.spec_version >= 2;
-        std::vector<int64_t> handles = numbers(context, 0, "cache_handle");
-        const std::vector<int64_t> lengths = numbers(context, 1, "past_length");
-        const std::vector<int64_t> added = has_rows ? numbers(context, 2, "new_length") : std::vector{ALL_NEW};
+        std::vector<int64_t> handles = numbers(context, 0);
+        const std::vector<int64_t> lengths = numbers(context, 1);
+        const std::vector<int64_t> added = has_rows ? numbers(context, 2) : std::vector{ALL_NEW};
         if (handles == std::vector{DEFAULT_HANDLE}) handles = {default_handle()};
         const auto [past, ticket] = open_rows(handles, lengths, added, attributes_, nodes_served >= nodes_expected);
         *output<int64_t>(api, context, 0, {1}) = *std::max_element(past.begin(), past.end());
@@ -43,14 +43,8 @@ public:
     const OrtApi* const api;
 
 private:
-    std::vector<int64_t> numbers(OrtKernelContext* context, std::size_t index, const char* name) const {
+    std::vector<int64_t> numbers(OrtKernelContext* context, std::size_t index) const {
         const TensorView view = input(api, context, index);
-        if (op_.spec_version == 1 && view.shape != std::vector<int64_t>{1}) {
-            throw_cache_error(std::string(op_.name) + ": " + name + ": expected shape (1), got " +
-                              tuple_text(view.shape) +
-                              "; it was rewritten by version 1 of the op, which knows one length; rewrite the original "
-                              "again");
-        }
         if (view.shape.size() != 1 || view.shape[0] == 0) {
             throw_cache_error(std::string(op_.name) + ": expected shape (1) or (rows), got " + tuple_text(view.shape));
         }

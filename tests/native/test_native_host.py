@@ -188,7 +188,7 @@ def test_errors_are_onnxruntimes_own_with_our_message_and_leave_the_cache_as_it_
         (
             served,
             good | {"past_length": np.zeros(2, np.int64)},
-            "expected shape .1., got .2,.; it was rewritten by version 1",
+            "past_length: expected 1 number or 1, one for each row, got 2",
         ),
         (other, good, "expected model errors .* got another"),
     ]

@@ -4,19 +4,19 @@ from .edit import Edit, apply, fingerprint, set_attribute
 from .files import load, save
 from .schemas import register_schemas
 from .symbolic.dims import Dim, substitute, symbol
-from .symbolic.einsum import read_equation
+from .symbolic.einsum import Labels, read_equation
 from .symbolic.shapes import Shape, Shapes, Source, infer_shapes
 from .text import parse_model
-from .view import BOOL, FLOATS, INTEGERS, Array, Graph, Model, Node, element_name
+from .view import BOOL, FLOATS, INTEGERS, Graph, Model, Node, element_name
 
 __all__ = [
     "BOOL",
     "FLOATS",
     "INTEGERS",
-    "Array",
     "Dim",
     "Edit",
     "Graph",
+    "Labels",
     "Model",
     "Node",
     "Shape",

@@ -13,14 +13,13 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import onnx
 from onnx import numpy_helper
 
+from ..arrays import Array
 from ..errors import UnsupportedModelError
 
 Model = onnx.ModelProto
-Array = npt.NDArray[Any]
 
 BOOL: int = onnx.TensorProto.BOOL
 INTEGERS: frozenset[int] = frozenset({onnx.TensorProto.INT64, onnx.TensorProto.INT32})

@@ -7,18 +7,15 @@ import os
 from collections.abc import Iterable
 
 import numpy as np
-import numpy.typing as npt
 import onnxruntime as ort
 
+from ..arrays import FloatArray, IntArray
 from ..errors import UnsupportedModelError
 from ..rewrite.report import Report
 from ..run.session import Session, open_model, quiet_options
 from ..run.stepper import ENCODER_TOKENS, Stepper
 from ..runtime.cache import Cache
 from .perplexity import log_softmax
-
-FloatArray = npt.NDArray[np.float32]
-IntArray = npt.NDArray[np.int64]
 
 FATAL = 4
 PAD = 3

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from ..graph import FLOATS, Graph, Node, Shape, Shapes, element_name, infer_shapes, symbol
+from ..naming import is_cache_name
 from ..spec import CROSS, SELF
 
 PAST_LENGTH = "onnx_kivi.past_length"
@@ -86,7 +87,7 @@ class DecoderGraph:
         return tuple(
             name
             for name, info in self.graph.inputs.items()
-            if name not in joined and element_name(info) and is_cache_name(self.graph, name)
+            if name not in joined and element_name(info) and is_cache_name(name)
         )
 
     @cached_property
@@ -148,7 +149,7 @@ def _join(graph: Graph, name: str, rank: int, ports: Mapping[str, tuple[Port, ..
             tensor = node.outputs[0]
             continue
         if node.op == "Concat" and len(node.inputs) == 2 and node.inputs[0] == tensor != node.inputs[1]:
-            if is_cache_name(graph, node.inputs[1]):
+            if is_cache_input(graph, node.inputs[1]):
                 return None
             axis = node.attr("axis", 0) % rank
             output, more = _returned(graph, node.outputs[0])
@@ -166,7 +167,7 @@ def _join(graph: Graph, name: str, rank: int, ports: Mapping[str, tuple[Port, ..
 def _constant_caches(graph: Graph, joined: Collection[str]) -> Iterator[CacheTensor]:
     for name, info in graph.inputs.items():
         sizes = info.type.tensor_type.shape.dim
-        unjoined = name not in joined and is_cache_name(graph, name) and element_name(info)
+        unjoined = name not in joined and is_cache_name(name) and element_name(info)
         if unjoined and len(sizes) == 4 and not grows(graph, name):
             dynamic = [axis for axis, size in enumerate(sizes) if axis and not size.HasField("dim_value")]
             axis = dynamic[0] if len(dynamic) == 1 else TOKENS_AXIS
@@ -200,9 +201,9 @@ def _returned(graph: Graph, joined: str) -> tuple[str, list[int]]:
     return "", []
 
 
-def is_cache_name(graph: Graph, tensor: str) -> bool:
+def is_cache_input(graph: Graph, tensor: str) -> bool:
     """Whether a tensor is a graph input that is named like a cache."""
-    return tensor in graph.inputs and tensor.startswith(("past", "cache"))
+    return tensor in graph.inputs and is_cache_name(tensor)
 
 
 def is_float_cast(shapes: Shapes, node: Node) -> bool:

@@ -6,13 +6,13 @@ Reads a model, never changes it. A site is reported only if it can be cut out wh
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from ..errors import UnsupportedModelError
 from ..graph import Graph, Model, Node, load
 from ..graph.symbolic.dims import TooComplexError
+from ..naming import layer_of, may_be_present_of, of_one_layer
 from ..patterns import FAMILIES, CacheTensor, DecoderGraph, Miss, MissError, NewNode, Port, Site, read_decoder
 from ..patterns.caches import PAST_LENGTH, grows
 from ..patterns.masks.facts import with_mask_facts
@@ -149,13 +149,15 @@ def _unlike_a_cache(sites: Sequence[Site]) -> dict[int, Miss]:
     """Sites whose keys and values are named as of different layers, or are not returned, by position."""
     found = {}
     for i, site in enumerate(sites):
-        if len({_layer(name) for name in site.cache_inputs} - {None}) > 1:
+        if not of_one_layer(site.cache_inputs):
             names = ", ".join(site.cache_inputs)
             found[i] = Miss(site.node, f"keys and values come from caches of different layers: {names}")
         elif site.kind == SELF and "" in site.cache_outputs:
             name = site.cache_inputs[site.cache_outputs.index("")]
             found[i] = Miss(site.node, f"no output returns {name!r} joined with the new tokens; it may be no cache")
-        elif crossed := [pair for pair in zip(site.cache_inputs, site.cache_outputs, strict=True) if _crossed(*pair)]:
+        elif crossed := [
+            pair for pair in zip(site.cache_inputs, site.cache_outputs, strict=True) if not may_be_present_of(*pair)
+        ]:
             past, present = crossed[0]
             found[i] = Miss(
                 site.node, f"{past!r} joined with the new tokens is returned as {present!r}; expected its own"
@@ -163,26 +165,8 @@ def _unlike_a_cache(sites: Sequence[Site]) -> dict[int, Miss]:
     return found
 
 
-def _crossed(past: str, present: str) -> bool:
-    """Whether an output that is named like a cache is named like another one than the input it belongs to."""
-    if not present.startswith(("present", "past", "cache")):
-        return False
-    layers, sides = ({_layer(past), _layer(present)}, {_side(past), _side(present)})
-    return len(layers - {None}) > 1 or len(sides - {None}) > 1
-
-
-def _side(name: str) -> str | None:
-    words = re.findall("key_value|key|value", name)
-    return next((word for word in words[::-1] if word != "key_value"), None)
-
-
-def _layer(name: str) -> int | None:
-    number = re.search(r"\d+", name)
-    return int(number[0]) if number else None
-
-
 def _numbered(sites: Sequence[Site]) -> list[Site]:
-    layers = [_layer(site.cache_inputs[0]) for site in sites]
+    layers = [layer_of(site.cache_inputs[0]) for site in sites]
     named = [layer for layer in layers if layer is not None]
     once = len({(site.kind, layer) for site, layer in zip(sites, layers, strict=True)}) == len(sites)
     numbers = named if once and len(named) == len(sites) else range(len(sites))
@@ -214,7 +198,7 @@ def _unmatched(decoder: DecoderGraph, sites: Sequence[Site], explained: bool) ->
 
 
 def _unread(decoder: DecoderGraph, cache: CacheTensor, latent: Mapping[str, Node]) -> str:
-    names = (cache.input, *(name for name in latent if _layer(name) == _layer(cache.input) is not None))
+    names = (cache.input, *(name for name in latent if layer_of(name) == layer_of(cache.input) is not None))
     beside = next((name for name in names if name in latent), None)
     if beside is not None:
         name = "it" if cache.input == beside else repr(beside)

@@ -12,16 +12,13 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
+from ..arrays import Array, FloatArray, IntArray
 from ..cache_facts import CacheFacts
 from ..errors import UnsupportedModelError
+from ..naming import is_encoder_name, is_past_name, present_of
 from ..runtime.cache import Cache
 from ..spec import HANDLE_INPUT, PAST_LENGTH_INPUT, STORED_TOKENS
-
-Array = npt.NDArray[Any]
-IntArray = npt.NDArray[np.int64]
-FloatArray = npt.NDArray[np.float32]
 
 ENCODER_TOKENS = 7
 ENCODER_PADDING = 2
@@ -63,9 +60,9 @@ class Stepper:
         self._given = given
         self._encoder_tokens = encoder_tokens
         paired = self._facts.outputs
-        past = [i.name for i in self._inputs if i.name in paired or i.name.startswith("past")]
+        past = [i.name for i in self._inputs if i.name in paired or is_past_name(i.name)]
         self._present = {
-            name: paired.get(name) or present_name(name, self._outputs) for name in past if name != PAST_LENGTH_INPUT
+            name: paired.get(name) or present_of(name, self._outputs) for name in past if name != PAST_LENGTH_INPUT
         }
         self._stored = {i.name for i in self._inputs if STORED_TOKENS in i.shape}
         self._known: dict[str, Array] | None = None
@@ -138,24 +135,14 @@ class Stepper:
                     shape[axis] = batch
             if shape[-1] is None and shape.count(None) > 1:
                 shape[-1] = self._facts.head_sizes.get(i.name)
-            grows = self._present[i.name] is not None and "encoder" not in i.name and i.name not in self._facts.crossed
+            kept = is_encoder_name(i.name) or i.name in self._facts.crossed
+            grows = self._present[i.name] is not None and not kept
             tokens = self._facts.capacities.get(i.name, length if grows else self._encoder_tokens)
             filled = [tokens if d is None else d for d in shape]
             past[i.name] = (
                 np.random.default_rng(zlib.crc32(i.name.encode())).standard_normal(filled).astype(_element(i))
             )
         return past
-
-
-def present_name(past: str, outputs: Sequence[str]) -> str | None:
-    """The output that carries the input `past` onward, by the exporters' naming conventions; None if there is none."""
-    candidates = (
-        past.replace("past_key_values", "present"),
-        past.replace("past_key_values", "present_key_values"),
-        past.replace("past", "present"),
-        past.replace("past", "out"),
-    )
-    return next((name for name in candidates if name in outputs), None)
 
 
 def build_feeds(inputs: Sequence[Any], ids: IntArray, mask: IntArray, known: Mapping[str, Array]) -> dict[str, Array]:

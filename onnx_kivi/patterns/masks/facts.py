@@ -17,7 +17,17 @@ from ..caches import PAST_LENGTH, DecoderGraph
 from ..matching.scores import least_fill
 from ..prologue import Prologue
 from ..site import LARGEST_FLOAT32, SCORES, SIZE_1, Added, Filled, MaskTerm, Site, joined, letters
-from .predicates import NEVER, AtMostZero, Element, Literal, Predicate, UnreadableError, affine, composed, equivalent
+from .predicates import (
+    NEVER,
+    AtMostZero,
+    InputElement,
+    Literal,
+    Predicate,
+    UnreadableError,
+    affine,
+    composed,
+    equivalent,
+)
 from .reader import MaskReader
 
 ABSENT, QUERY, KEY = -1, 2, 3
@@ -157,7 +167,7 @@ def _facts(where: Predicate, fill: float) -> Hidden | None:
 
 def _fact(literal: Literal) -> tuple[str, Any] | None:
     past = symbol(PAST_LENGTH)
-    if isinstance(literal, Element):
+    if isinstance(literal, InputElement):
         at_key = (affine(0, {0: 1}), affine(0, {KEY: 1}))
         return ("padding", literal.tensor) if literal.zero and literal.index == at_key else None
     if literal == AtMostZero(affine(past + 1, {QUERY: 1, KEY: -1})):  # past + query + 1 <= key

@@ -16,7 +16,7 @@ from .predicates import (
     Affine,
     AtMostZero,
     Cases,
-    Element,
+    InputElement,
     Predicate,
     SymbolicTensor,
     UnreadableError,
@@ -28,7 +28,7 @@ from .predicates import (
 )
 
 MAX_DEPTH = 200
-MOVES = ("Reshape", "Unsqueeze", "Squeeze", "Flatten")
+REGROUPS = ("Reshape", "Unsqueeze", "Squeeze", "Flatten")
 
 
 class MaskReader:
@@ -69,7 +69,7 @@ class MaskReader:
             return self._rule(node)
         if tensor not in self._decoder.graph.inputs:
             raise UnreadableError(tensor)
-        return Element(tensor, tuple(affine(0, {axis: 1}) for axis in range(len(self._shape(tensor)))))
+        return InputElement(tensor, tuple(affine(0, {axis: 1}) for axis in range(len(self._shape(tensor)))))
 
     def _rule(self, node: Node) -> SymbolicTensor:
         match node.op:
@@ -126,7 +126,7 @@ class MaskReader:
         if to in FLOATS:
             return to_cases(symbolic)
         whole = self._decoder.shapes.element(node.inputs[0]) not in FLOATS
-        if to in INTEGERS and whole and isinstance(symbolic, (Affine, Element)):
+        if to in INTEGERS and whole and isinstance(symbolic, (Affine, InputElement)):
             return symbolic
         raise UnreadableError(str(node))
 
@@ -144,7 +144,7 @@ class MaskReader:
     def _regrouped(self, node: Node) -> SymbolicTensor:
         """Moves that, taken together with those right before, only add and remove axes of size 1."""
         base = node
-        while (source := self._decoder.graph.producer(base.inputs[0])) is not None and source.op in MOVES:
+        while (source := self._decoder.graph.producer(base.inputs[0])) is not None and source.op in REGROUPS:
             base = source
         before, after = self._shape(base.inputs[0]), self._shape(node.outputs[0])
         old = [axis for axis, size in enumerate(before) if size != 1]
@@ -198,7 +198,7 @@ class MaskReader:
         flat = self._decoder.graph.producer(node.inputs[0])
         position = self.read(node.inputs[1])
         sizes = () if flat is None else self._shape(flat.inputs[0])
-        if flat is None or flat.op not in MOVES or node.attr("axis", 0) != 0 or len(sizes) != 2:
+        if flat is None or flat.op not in REGROUPS or node.attr("axis", 0) != 0 or len(sizes) != 2:
             raise UnreadableError(str(node))
         if self._shape(node.inputs[0])[1:] not in ((), (1,)) or not isinstance(position, Affine):
             raise UnreadableError(str(node))

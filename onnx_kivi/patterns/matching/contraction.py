@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ...graph import Node, read_equation
+from ...graph import Labels, Node, read_equation
 from ..caches import DecoderGraph
 from ..site import MissError
 from .cache_view import data_input
 
 MATMULS = ("MatMul", "com.microsoft.FusedMatMul")
 PRODUCTS = (*MATMULS, "Einsum")
-
-Labels = tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,7 @@ from .contraction import PRODUCTS, Contraction, read_contraction
 
 
 @dataclass(frozen=True, slots=True)
-class Weights:
+class Mixing:
     """The product of weights and values, and what happens between the softmax and it."""
 
     product: Contraction
@@ -19,7 +19,7 @@ class Weights:
     nodes: tuple[Node, ...]
 
 
-def weights_after(decoder: DecoderGraph, weights: str, sink: str) -> Weights | None:
+def weights_after(decoder: DecoderGraph, weights: str, sink: str) -> Mixing | None:
     """Walk on from the softmax to the product with the values; None if it leads nowhere, MissError if it forks."""
     graph, tensor, nodes, nan_to_zero, dropped = decoder.graph, weights, [], False, not sink
     while True:
@@ -45,7 +45,7 @@ def weights_after(decoder: DecoderGraph, weights: str, sink: str) -> Weights | N
                 return None
             if not dropped:
                 raise MissError(f"{node}: the column of the sink logits is not dropped before the values")
-            return Weights(product, nan_to_zero, tuple(nodes))
+            return Mixing(product, nan_to_zero, tuple(nodes))
         if node.op in ("Identity", "Dropout", "Reshape") or is_float_cast(decoder.shapes, node):
             tensor = node.outputs[0]
         elif node.op == "Slice" and not dropped and _drops_last(decoder, node):

@@ -15,9 +15,8 @@ from .errors import (
 )
 from .graph import load, save
 from .measure.verify import Verification, verify
-from .rewrite.inspector import inspect
+from .rewrite.pipeline import inspect, rewrite
 from .rewrite.report import Report
-from .rewrite.rewriter import rewrite
 from .run.session import Session
 from .runtime.cache import Cache
 from .runtime.hosts import library_path, register

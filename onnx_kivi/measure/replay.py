@@ -85,7 +85,7 @@ class Reference:
         self._facts = report.cache_facts
         self._encoder_tokens = encoder_tokens
         session = open_model(path, _silent_options())
-        pads_right = any(site.family == "gqa" for site in report.sites)
+        pads_right = any(site.pads_right for site in report.sites)
         has_mask = any(i.name == "attention_mask" for i in session.get_inputs())
         vocabulary = _vocabulary(session)
         self._runs: list[tuple[Tokens, FloatArray]] = []

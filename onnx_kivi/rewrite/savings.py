@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ..config import KiviConfig
-from ..patterns import Site
 from ..spec import DENSE_BITS
+from .site import Site
 
 CONTEXTS = (4096, 32768, 131072)
 ENCODER_CONTEXTS = (512, 1500)

@@ -5,12 +5,10 @@ Source: the ONNX operator specification.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 
-from ...graph import BOOL, FLOATS, INTEGERS, Dim, Node
-from ...graph.symbolic.dims import divide
-from ...graph.symbolic.shape_rules import OPEN_END
-from ..caches import DecoderGraph
+from ...graph import BOOL, FLOATS, INTEGERS, OPEN_END, Dim, Node, divide
+from ..decoder_graph import DecoderGraph
 from .operators import binary, constant_tensor, number, select, to_affine, to_cases, to_predicate
 from .predicates import (
     Affine,
@@ -72,35 +70,9 @@ class MaskReader:
         return InputElement(tensor, tuple(affine(0, {axis: 1}) for axis in range(len(self._shape(tensor)))))
 
     def _rule(self, node: Node) -> SymbolicTensor:
-        match node.op:
-            case "Identity":
-                return self.read(node.inputs[0])
-            case "Cast":
-                return self._cast(node)
-            case "Range":
-                return self._range(node)
-            case "ConstantOfShape":
-                return self._filled(node)
-            case "Reshape" | "Unsqueeze" | "Squeeze" | "Flatten":
-                return self._regrouped(node)
-            case "Expand":
-                return self._aligned(node, 0)
-            case "Slice":
-                return self._slice(node)
-            case "Trilu":
-                return self._trilu(node)
-            case "Concat":
-                return self._stacked(node)
-            case "Gather":
-                return self._gather(node)
-            case "GatherND":
-                return self._gather_nd(node)
-            case "ScatterND":
-                return self._scatter_nd(node)
-            case "Not":
-                return to_predicate(self.read(node.inputs[0])).negated()
-            case "Where":
-                return self._where(node)
+        rule = RULES.get(node.op)
+        if rule is not None:
+            return rule(self, node)
         if len(node.inputs) == 2:
             return binary(node, self._aligned(node, 0), self._aligned(node, 1))
         raise UnreadableError(str(node))
@@ -118,6 +90,15 @@ class MaskReader:
         moved = {axis: affine(0, {axis + lift: 1}) for axis in range(len(before))}
         moved |= {axis: Affine(0) for axis, size in enumerate(before) if size == 1 != after[axis + lift]}
         return composed(self.read(node.inputs[index]), moved)
+
+    def _same(self, node: Node) -> SymbolicTensor:
+        return self.read(node.inputs[0])
+
+    def _negated(self, node: Node) -> SymbolicTensor:
+        return to_predicate(self.read(node.inputs[0])).negated()
+
+    def _expand(self, node: Node) -> SymbolicTensor:
+        return self._aligned(node, 0)
 
     def _cast(self, node: Node) -> SymbolicTensor:
         symbolic, to = self.read(node.inputs[0]), node.attr("to")
@@ -235,6 +216,24 @@ class MaskReader:
         if isinstance(yes, Predicate) and isinstance(no, Predicate):
             return where.and_(yes).or_(where.negated().and_(no))
         return select(where, to_cases(yes), to_cases(no))
+
+
+RULES: Mapping[str, Callable[[MaskReader, Node], SymbolicTensor]] = {
+    "Identity": MaskReader._same,
+    "Cast": MaskReader._cast,
+    "Range": MaskReader._range,
+    "ConstantOfShape": MaskReader._filled,
+    **dict.fromkeys(REGROUPS, MaskReader._regrouped),
+    "Expand": MaskReader._expand,
+    "Slice": MaskReader._slice,
+    "Trilu": MaskReader._trilu,
+    "Concat": MaskReader._stacked,
+    "Gather": MaskReader._gather,
+    "GatherND": MaskReader._gather_nd,
+    "ScatterND": MaskReader._scatter_nd,
+    "Not": MaskReader._negated,
+    "Where": MaskReader._where,
+}
 
 
 def _is_long(size: int | Dim, end: int | Dim) -> bool:

@@ -17,9 +17,9 @@ if TYPE_CHECKING:
     from .graph import save as save
     from .measure.verify import Verification as Verification
     from .measure.verify import verify as verify
-    from .rewrite.inspector import inspect as inspect
+    from .rewrite.pipeline import inspect as inspect
+    from .rewrite.pipeline import rewrite as rewrite
     from .rewrite.report import Report as Report
-    from .rewrite.rewriter import rewrite as rewrite
     from .run.session import Session as Session
     from .runtime.cache import Cache as Cache
     from .runtime.hosts import library_path as library_path
@@ -40,12 +40,12 @@ _HOMES = {
     "SpecMismatchError": "errors",
     "UnsupportedModelError": "errors",
     "Verification": "measure.verify",
-    "inspect": "rewrite.inspector",
+    "inspect": "rewrite.pipeline",
     "library_path": "runtime.hosts",
     "load": "graph",
     "quant_dequant": "runtime.numpy_backend.quantize",
     "register": "runtime.hosts",
-    "rewrite": "rewrite.rewriter",
+    "rewrite": "rewrite.pipeline",
     "save": "graph",
     "verify": "measure.verify",
 }

@@ -23,9 +23,9 @@ from ..measure.perplexity import evaluate
 from ..measure.verify import Verification, verify
 from ..paths import model_path
 from ..progress import Progress
-from ..rewrite.inspector import inspect as inspect_file
+from ..rewrite.pipeline import inspect as inspect_file
+from ..rewrite.pipeline import rewrite
 from ..rewrite.report import Report
-from ..rewrite.rewriter import rewrite
 from ..run.session import Session, open_stepper
 from ..run.tokenizer import Tokenizer, chat
 from ..runtime.hosts import describe

@@ -24,7 +24,8 @@ from onnx import external_data_helper
 from ..errors import ConfigError, UnsupportedModelError
 from ..paths import model_path
 from ..spec import DOMAIN
-from .view import INTEGERS, Model, subgraphs
+from .elements import INTEGERS
+from .view import Model, subgraphs
 
 BASE = "basepath"
 PROTOBUF_LIMIT = (1 << 31) - (1 << 24)

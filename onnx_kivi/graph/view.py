@@ -13,22 +13,14 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import onnx
 from onnx import numpy_helper
 
+from ..arrays import Array
 from ..errors import UnsupportedModelError
 
 Model = onnx.ModelProto
-Array = npt.NDArray[Any]
 
-BOOL: int = onnx.TensorProto.BOOL
-INTEGERS: frozenset[int] = frozenset({onnx.TensorProto.INT64, onnx.TensorProto.INT32})
-FLOATS: Mapping[int, str] = {
-    onnx.TensorProto.FLOAT: "float",
-    onnx.TensorProto.FLOAT16: "float16",
-    onnx.TensorProto.BFLOAT16: "bfloat16",
-}
 MAX_CONSTANT = 1 << 22
 INITIALIZERS_ARE_CONSTANT_FROM_IR = 4
 
@@ -151,11 +143,6 @@ def _check(node: Node, opset: int) -> None:
             raise UnsupportedModelError(
                 f"{node}: attribute {attribute.name!r} is not of the type that its operator expects"
             )
-
-
-def element_name(info: onnx.ValueInfoProto) -> str:
-    """Name of a float input's element type, "" for other types."""
-    return FLOATS.get(info.type.tensor_type.elem_type, "")
 
 
 def subgraphs(proto: onnx.NodeProto) -> Iterator[onnx.GraphProto]:

@@ -19,8 +19,7 @@ from .. import graph
 from ..config import KiviConfig
 from ..errors import ConfigError
 from ..progress import Progress, silent
-from ..rewrite.inspector import inspect
-from ..rewrite.rewriter import rewrite
+from ..rewrite.pipeline import inspect, rewrite
 from ..run.generate import generate
 from ..run.session import Session, open_model
 from ..run.stepper import Stepper

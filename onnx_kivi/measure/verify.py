@@ -18,9 +18,8 @@ import numpy as np
 from ..errors import ConfigError
 from ..graph import Graph, load, save
 from ..progress import Progress, silent
-from ..rewrite.inspector import inspect
+from ..rewrite.pipeline import dense, inspect
 from ..rewrite.report import Report
-from ..rewrite.rewriter import dense
 from ..run.generate import check_seed
 from ..run.session import NotRewrittenError
 from ..spec import CROSS, DENSE_BITS, DOMAIN, QUANTIZED_KV_SDPA, SdpaAttributes

@@ -29,9 +29,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from ..arrays import FloatArray
 from ..errors import CacheError, KiviError
 from ..spec import SdpaAttributes, StepAttributes
-from .backend import BlockState, CacheState, FloatArray, QuantizedBlock, RowState, SlotState
+from .backend import BlockState, CacheState, QuantizedBlock, RowState, SlotState
 from .numpy_backend.quantize import group_count, packed_size
 from .state import check_state
 
@@ -41,7 +42,7 @@ PREFIX = struct.Struct("<6sHQ")
 DIGEST_BYTES = hashlib.sha256().digest_size
 LARGEST_SIZE = 1 << 32
 
-Side = QuantizedBlock | FloatArray
+BlockSide = QuantizedBlock | FloatArray
 
 
 def save_state(path: str | os.PathLike[str], state: CacheState) -> None:
@@ -152,7 +153,7 @@ def _row_header(row: RowState) -> dict[str, Any]:
     }
 
 
-def _letter(side: Side) -> str:
+def _letter(side: BlockSide) -> str:
     return "q" if isinstance(side, QuantizedBlock) else "d"
 
 
@@ -190,7 +191,7 @@ def _row(reader: _Reader, attributes: SdpaAttributes, header: Mapping[str, Any])
     return RowState(sink_key, sink_value, blocks, residual_key, residual_value)
 
 
-def _key_side(reader: _Reader, attributes: SdpaAttributes, letter: str, heads: int, size: int) -> Side:
+def _key_side(reader: _Reader, attributes: SdpaAttributes, letter: str, heads: int, size: int) -> BlockSide:
     tokens = attributes.block_tokens
     if letter == "d":
         return reader.array(np.float32, heads, tokens, size)
@@ -198,7 +199,7 @@ def _key_side(reader: _Reader, attributes: SdpaAttributes, letter: str, heads: i
     return _quantized(reader, letter, codes, (heads, size))
 
 
-def _value_side(reader: _Reader, attributes: SdpaAttributes, letter: str, heads: int, size: int) -> Side:
+def _value_side(reader: _Reader, attributes: SdpaAttributes, letter: str, heads: int, size: int) -> BlockSide:
     tokens = attributes.block_tokens
     if letter == "d":
         return reader.array(np.float32, heads, tokens, size)

@@ -15,9 +15,10 @@ from typing import Any
 import onnxruntime as ort
 
 from .. import _native
+from ..arrays import FloatArray
 from ..errors import CacheError, ConfigError, KiviError, SpecMismatchError
 from ..spec import SdpaAttributes, StepAttributes
-from .backend import BlockState, CacheState, FloatArray, QuantizedBlock, RowState, SlotState
+from .backend import BlockState, CacheState, QuantizedBlock, RowState, SlotState
 
 MOST_ATTRIBUTES = 4096
 

@@ -21,6 +21,7 @@ import onnxruntime as ort
 from onnxruntime_extensions import PyCustomOpDef, get_library_path, onnx_op
 from onnxruntime_extensions import _ocos as hook
 
+from ..arrays import FloatArray, IntArray
 from ..errors import CacheError, KiviError
 from ..spec import (
     COMMITTED_LENGTH,
@@ -32,11 +33,9 @@ from ..spec import (
     SdpaAttributes,
     StepAttributes,
 )
-from .backend import Backend, FloatArray, is_native, ticket_handle
+from .backend import Backend, is_native, ticket_handle
 from .interrupts import InterruptGuard
 from .select import get_backend
-
-IntArray = npt.NDArray[np.int64]
 
 MOST_PLAUSIBLE_LENGTH = 1 << 20
 ELEMENTS = {"float": PyCustomOpDef.dt_float, "int64": PyCustomOpDef.dt_int64}

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 
+from ..arrays import FloatArray
 from ..errors import CacheError
 from ..spec import DENSE_BITS, MAX_SIZE, SdpaAttributes
-from .backend import BlockState, CacheState, FloatArray, QuantizedBlock, RowState
+from .backend import BlockState, CacheState, QuantizedBlock, RowState
 from .numpy_backend.quantize import SMALLEST_SCALE, group_count, packed_size
 from .numpy_backend.rows import row_length
 

@@ -12,7 +12,7 @@ import onnx
 import pytest
 
 from onnx_kivi.cli.parser import main
-from onnx_kivi.rewrite import inspector, rewriter
+from onnx_kivi.rewrite import pipeline
 from onnx_kivi.runtime.hosts import describe
 from zoo import MODELS
 
@@ -78,13 +78,12 @@ def test_rewrite_verifies_and_writes(tiny: Path, tmp_path: Path, run: Run) -> No
 def test_rewrite_examines_the_model_once(tiny: Path, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
 
-    def counted(model: onnx.ModelProto, *, cross: bool = False) -> inspector.Findings:
+    def counted(model: onnx.ModelProto, *, cross: bool = False) -> pipeline.Findings:
         seen.append(model)
         return examine(model, cross=cross)
 
-    examine = inspector.examine
-    for module in (inspector, rewriter):
-        monkeypatch.setattr(module, "examine", counted)
+    examine = pipeline.examine
+    monkeypatch.setattr(pipeline, "examine", counted)
     assert json_of(run("rewrite", tiny, "-o", tmp_path / "small.onnx", *SMALL, "--json"))["verify"]["ok"]
     assert len(seen) == 1
 

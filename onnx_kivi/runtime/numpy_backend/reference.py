@@ -17,14 +17,15 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ...arrays import FloatArray
 from ...spec import SdpaAttributes
-from ..backend import BlockState, FloatArray, QuantizedBlock, RowState
+from ..backend import BlockState, QuantizedBlock, RowState
 from .quantize import unpack
 
 TILE_TOKENS = 1024
 QUERY_TILE = 64
 
-Side = tuple[QuantizedBlock | FloatArray, ...]
+TileSide = tuple[QuantizedBlock | FloatArray, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,8 +34,8 @@ class Tile:
 
     start: int
     stop: int
-    key: Side
-    value: Side
+    key: TileSide
+    value: TileSide
 
 
 def attend_row(
@@ -178,7 +179,7 @@ def _mask_scores(
             np.copyto(scores_HGST, np.float32(-np.inf), where=hidden_ST)
 
 
-def _scores(attributes: SdpaAttributes, key: Side, q_HMD: FloatArray) -> FloatArray:
+def _scores(attributes: SdpaAttributes, key: TileSide, q_HMD: FloatArray) -> FloatArray:
     """q.k: (H, M, T)."""
     blocks, k_HTD = _split(key)
     if k_HTD is not None:
@@ -193,7 +194,7 @@ def _scores(attributes: SdpaAttributes, key: Side, q_HMD: FloatArray) -> FloatAr
     return np.moveaxis(scores_nHMt, 0, 2).reshape(*q_HMD.shape[:2], -1)
 
 
-def _mix(attributes: SdpaAttributes, value: Side, v_head_size: int, p_HMT: FloatArray) -> FloatArray:
+def _mix(attributes: SdpaAttributes, value: TileSide, v_head_size: int, p_HMT: FloatArray) -> FloatArray:
     """p.v: (H, M, Dv)."""
     blocks, v_HTD = _split(value)
     if v_HTD is not None:
@@ -211,7 +212,7 @@ def _mix(attributes: SdpaAttributes, value: Side, v_head_size: int, p_HMT: Float
     return mixed_HMD
 
 
-def _split(side: Side) -> tuple[list[QuantizedBlock], FloatArray | None]:
+def _split(side: TileSide) -> tuple[list[QuantizedBlock], FloatArray | None]:
     """(quantized blocks, None), or ([], the f32 tokens as one array)."""
     blocks = [piece for piece in side if isinstance(piece, QuantizedBlock)]
     dense = [piece for piece in side if not isinstance(piece, QuantizedBlock)]

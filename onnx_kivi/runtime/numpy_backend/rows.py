@@ -13,8 +13,9 @@ import dataclasses
 
 import numpy as np
 
+from ...arrays import FloatArray
 from ...spec import DENSE_BITS, SdpaAttributes
-from ..backend import BlockState, FloatArray, QuantizedBlock, RowState
+from ..backend import BlockState, QuantizedBlock, RowState
 from .quantize import decode_keys, decode_values, quantize_keys, quantize_values
 
 

@@ -14,9 +14,10 @@ from dataclasses import replace
 
 import numpy as np
 
+from ...arrays import FloatArray
 from ...errors import CacheError
 from ...spec import DEFAULT_HANDLE, DENSE_BITS, QUANTIZED_KV_SDPA, SdpaAttributes, StepAttributes, check_shapes
-from ..backend import CacheState, FloatArray, SlotState, ticket_handle
+from ..backend import CacheState, SlotState, ticket_handle
 from ..state import check_state
 from .reference import attend_row
 from .rows import append, empty_row, quantized_tokens, row_length, row_nbytes

@@ -36,7 +36,7 @@ class NewNode:
     def proto(self) -> onnx.NodeProto:
         """The node as onnx has it."""
         return helper.make_node(
-            self.op, self.inputs, self.outputs, name=self.name, domain=self.domain, **dict(self.attributes)
+            self.op, self.inputs, self.outputs, name=self.name, domain=self.domain or None, **dict(self.attributes)
         )
 
 
@@ -61,8 +61,11 @@ NewPart = NewNode | NewConstant
 class Names(Protocol):
     """How a builder calls what it makes."""
 
-    def node(self, op: str, stem: str, content: object, count: int) -> tuple[str, tuple[str, ...]]:
-        """Name of a node and of its `count` outputs; `content` is all that the node is made of."""
+    def outputs(self, op: str, stem: str, content: object, count: int) -> tuple[str, ...]:
+        """Names of a node's outputs; `content` is all that the node is made of."""
+
+    def node(self, op: str, outputs: tuple[str, ...]) -> str:
+        """Name of a node with these outputs."""
 
     def constant(self, values: Number | tuple[Number, ...], element: str) -> str:
         """Name of a constant."""
@@ -71,11 +74,14 @@ class Names(Protocol):
 class HashedNames:
     """Names after what computes a tensor: the same computation has one name wherever it is built."""
 
-    def node(self, op: str, stem: str, content: object, count: int) -> tuple[str, tuple[str, ...]]:
+    def outputs(self, op: str, stem: str, content: object, count: int) -> tuple[str, ...]:
         """See Names."""
         base = f"{PREFIX}/{(stem or op).lower()}.{_digest(content)}"
-        outputs = tuple(f"{base}.{i}" for i in range(count)) if count > 1 else (base,)
-        return f"{outputs[0]}/{op}", outputs
+        return tuple(f"{base}.{i}" for i in range(count)) if count > 1 else (base,)
+
+    def node(self, op: str, outputs: tuple[str, ...]) -> str:
+        """See Names."""
+        return f"{outputs[0]}/{op}"
 
     def constant(self, values: Number | tuple[Number, ...], element: str) -> str:
         """See Names."""
@@ -88,10 +94,9 @@ class FreeNames(HashedNames):
     def __init__(self, taken: Collection[str]) -> None:
         self._taken = set(taken)
 
-    def node(self, op: str, stem: str, content: object, count: int) -> tuple[str, tuple[str, ...]]:  # noqa: ARG002
+    def outputs(self, op: str, stem: str, content: object, count: int) -> tuple[str, ...]:  # noqa: ARG002
         """See Names."""
-        outputs = tuple(self.tensor(stem or op.lower()) for _ in range(count))
-        return f"{outputs[0]}/{op}", outputs
+        return tuple(self.tensor(stem or op.lower()) for _ in range(count))
 
     def tensor(self, stem: str) -> str:
         """A name that is not in use."""
@@ -134,11 +139,10 @@ class Builder:
         """A node with several outputs, so many or of these names; names begin with `stem`."""
         given = tuple((name, _frozen(value)) for name, value in sorted(attributes.items()))
         if isinstance(outputs, int):
-            name, made = self._names.node(op, stem, (domain, inputs, given), outputs)
+            made = self._names.outputs(op, stem, (domain, inputs, given), outputs)
         else:
             made = tuple(outputs)
-            name = f"{made[0]}/{op}"
-        self._parts[NewNode(op, inputs, made, given, domain, name)] = None
+        self._parts[NewNode(op, inputs, made, given, domain, self._names.node(op, made))] = None
         return made
 
     def node(

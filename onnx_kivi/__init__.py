@@ -50,7 +50,7 @@ _HOMES = {
     "verify": "measure.verify",
 }
 
-__all__ = [*_HOMES, "__version__"]  # noqa: PLE0604
+__all__ = [*_HOMES, "__version__"]  # noqa: PLE0604 - the keys of the table are strings
 
 # The first import of a room binds its name here. Of `rewrite`, which is also a public function, that is undone at once.
 import_module(".rewrite", __name__)

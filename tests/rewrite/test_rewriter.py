@@ -62,11 +62,12 @@ def test_the_rest_survives_as_it_was() -> None:
 
 
 def test_the_same_model_and_configuration_give_the_same_bytes() -> None:
-    def made(original: onnx.ModelProto, **config: int) -> bytes:
-        return kivi.rewrite(original, kivi.KiviConfig(**config))[0].SerializeToString(deterministic=True)
+    def made(original: onnx.ModelProto, **config: Any) -> bytes:
+        model, _ = kivi.rewrite(original, kivi.KiviConfig(**config))
+        return bytes(model.SerializeToString(deterministic=True))
 
     def model_id(content: bytes) -> bytes:
-        return nodes(onnx.load_from_string(content), "KvCacheStep")[0]["model_id"]
+        return bytes(nodes(onnx.load_from_string(content), "KvCacheStep")[0]["model_id"])
 
     assert made(decoder()) == made(decoder())
     others = [decoder(scale="scaled = Mul(scores, f(0.4))"), decoder(opset=17)]
@@ -147,7 +148,7 @@ def test_shapes_of_the_cache_chain_stay_right(name: str, tmp_path: Path) -> None
 
 
 def test_a_batch_size_that_nothing_else_has_is_refused() -> None:
-    rows = {"outputs": {"rows": "int64[1] rows"}, "guard": "rows = Shape<start=0,end=1>(past_0_key)"}
+    rows: dict[str, Any] = {"outputs": {"rows": "int64[1] rows"}, "guard": "rows = Shape<start=0,end=1>(past_0_key)"}
     other = {"past_key": "float[R,2,P,8] past_0_key"}
     assert not kivi.inspect(decoder(**rows, inputs=other)).misses  # Concat makes R the rows of the new key
     with pytest.raises(kivi.UnsupportedModelError, match="known from the cache only; give the axis of another input"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -65,8 +66,9 @@ def test_other_versions_are_a_spec_mismatch(kind: type[SdpaAttributes] | type[St
     ],
 )
 def test_values_out_of_range(name: str, value: object) -> None:
+    change: dict[str, Any] = {name: value}
     with pytest.raises(ConfigError, match=f"{name}: expected"):
-        dataclasses.replace(SdpaAttributes(slot=0), **{name: value})
+        dataclasses.replace(SdpaAttributes(slot=0), **change)
 
 
 def test_wire_that_is_no_number() -> None:

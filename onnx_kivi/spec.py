@@ -185,7 +185,9 @@ class SdpaAttributes(_NodeAttributes):
     softcap: float = _attribute("scores become softcap * tanh(scores / softcap); 0 = none (decimal string)", 0.0)
     is_causal: int = _attribute("1: query i sees keys j <= P + i only", 0)
     window: int = _attribute("query i sees keys P + i - window < j <= P + i only; 0 = no window", 0)
-    nan_to_zero: int = _attribute("1: a softmax row that is NaN (all -inf) becomes zeros", 0)
+    nan_to_zero: int = _attribute(
+        "1: a softmax row that is NaN (all -inf, or a NaN, +inf or score beyond float32) becomes zeros", 0
+    )
     spec_version: int = _attribute("version of this table", SPEC_VERSION)
 
     def __post_init__(self) -> None:

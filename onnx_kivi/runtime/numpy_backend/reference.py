@@ -6,6 +6,12 @@ in float32, finite fill values included; times the values. Codes are folded, nev
 q.k = q.lo + (q s).c, and with v = lo + s c, p.v = p.lo + (p s).c (KIVI, arXiv 2402.02750, quantizes as such).
 The softmax is online over tiles of at most TILE_TOKENS keys and QUERY_TILE queries: scratch is O(tile x heads).
 
+What is not finite: a key that causality or the window hides takes no part, whatever it and its value hold. Of the
+others, a query times key that is NaN or beyond float32, of either sign, makes its row NaN; so do NaN or +inf in the
+row's mask or sink, and a row of nothing but -inf. `nan_to_zero` makes such rows zeros. (Which infinity, or NaN, a sum
+of overflowing products comes to depends on their order, so it is not asked.) NaN and infinities in values end where
+the sum of weights times values puts them: 0 times infinity is NaN.
+
 Letters: H key/value heads, G query heads per key/value head, S queries, M = G S, T keys of a tile, n blocks of a
 tile, t tokens of a block, D channels.
 """
@@ -16,6 +22,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
 from ...arrays import FloatArray
 from ...spec import SdpaAttributes
@@ -26,6 +33,7 @@ TILE_TOKENS = 1024
 QUERY_TILE = 64
 
 TileSide = tuple[QuantizedBlock | FloatArray, ...]
+Mask = npt.NDArray[np.bool_] | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,15 +134,17 @@ def _attend_queries(
             if _hidden(attributes, tile, position, queries):
                 continue
             scores_HGST = _scores(attributes, tile.key, q_HMD).reshape(heads, group, queries, -1)
-            _mask_scores(attributes, tile, position, mask, scores_HGST)
+            scores_HGST += scores_HGST * np.float32(0)
+            hidden_ST = _hidden_keys(attributes, tile, position, queries)
+            _mask_scores(attributes, tile, mask, hidden_ST, scores_HGST)
             new_peak = np.maximum(peak_HGS1, scores_HGST.max(axis=-1, keepdims=True))
             shift = _finite(new_peak)
             p_HGST = np.exp(np.subtract(scores_HGST, shift, out=scores_HGST), out=scores_HGST)
             fade = np.exp(peak_HGS1 - shift)
             total_HGS1 = total_HGS1 * fade + p_HGST.sum(axis=-1, keepdims=True)
-            p_HMT = p_HGST.reshape(heads, group * queries, -1)
             mixed_HGSD *= fade
-            mixed_HGSD += _mix(attributes, tile.value, v_head_size, p_HMT).reshape(mixed_HGSD.shape)
+            p_HMT = p_HGST.reshape(heads, group * queries, -1)
+            mixed_HGSD += _mix(attributes, tile.value, v_head_size, p_HMT, hidden_ST).reshape(mixed_HGSD.shape)
             peak_HGS1 = new_peak
         mixed_HGSD /= total_HGS1
         if attributes.nan_to_zero:
@@ -156,11 +166,26 @@ def _hidden(attributes: SdpaAttributes, tile: Tile, position: int, queries: int)
     return bool(ahead or behind)
 
 
+def _hidden_keys(attributes: SdpaAttributes, tile: Tile, position: int, queries: int) -> npt.NDArray[np.bool_] | None:
+    """(S, T): which keys of the tile causality or the window hides; None where it is none of them."""
+    if not (attributes.is_causal or attributes.window):
+        return None
+    distance_ST = np.arange(position, position + queries)[:, None] - np.arange(tile.start, tile.stop)
+    hidden_ST = distance_ST < 0
+    if attributes.window:
+        hidden_ST |= distance_ST >= attributes.window
+    return hidden_ST if hidden_ST.any() else None
+
+
 def _mask_scores(
-    attributes: SdpaAttributes, tile: Tile, position: int, mask: FloatArray | None, scores_HGST: FloatArray
+    attributes: SdpaAttributes,
+    tile: Tile,
+    mask: FloatArray | None,
+    hidden_ST: Mask,
+    scores_HGST: FloatArray,
 ) -> None:
     """Softcap, additive mask, causality and window, in place, in this order."""
-    heads, group, queries, _ = scores_HGST.shape
+    heads, group, _, _ = scores_HGST.shape
     if attributes.softcap:
         cap = np.float32(attributes.softcap)
         scores_HGST /= cap
@@ -170,13 +195,8 @@ def _mask_scores(
         here = mask[:, :, tile.start : tile.stop] if mask.shape[2] > 1 else mask
         by_head = (heads, group) if mask.shape[0] > 1 else (1, 1)
         scores_HGST += here.reshape(*by_head, *here.shape[1:])
-    if attributes.is_causal or attributes.window:
-        distance_ST = np.arange(position, position + queries)[:, None] - np.arange(tile.start, tile.stop)
-        hidden_ST = distance_ST < 0
-        if attributes.window:
-            hidden_ST |= distance_ST >= attributes.window
-        if hidden_ST.any():
-            np.copyto(scores_HGST, np.float32(-np.inf), where=hidden_ST)
+    if hidden_ST is not None:
+        np.copyto(scores_HGST, np.float32(-np.inf), where=hidden_ST)
 
 
 def _scores(attributes: SdpaAttributes, key: TileSide, q_HMD: FloatArray) -> FloatArray:
@@ -194,21 +214,36 @@ def _scores(attributes: SdpaAttributes, key: TileSide, q_HMD: FloatArray) -> Flo
     return np.moveaxis(scores_nHMt, 0, 2).reshape(*q_HMD.shape[:2], -1)
 
 
-def _mix(attributes: SdpaAttributes, value: TileSide, v_head_size: int, p_HMT: FloatArray) -> FloatArray:
+def _mix(
+    attributes: SdpaAttributes, value: TileSide, v_head_size: int, p_HMT: FloatArray, hidden_ST: Mask
+) -> FloatArray:
     """p.v: (H, M, Dv)."""
     blocks, v_HTD = _split(value)
     if v_HTD is not None:
-        mixed_HMD: FloatArray = np.matmul(p_HMT, v_HTD)
-        return mixed_HMD
+        return _mix_dense(p_HMT, v_HTD, hidden_ST)
     packed_HTx = np.concatenate([block.codes for block in blocks], axis=1)
     lo_HTg = np.concatenate([block.lo for block in blocks], axis=1).astype(np.float32)
     scale_HTg = np.concatenate([block.scale for block in blocks], axis=1).astype(np.float32)
     codes_HTD = unpack(packed_HTx, attributes.v_bits, v_head_size)
     size = attributes.v_group_size or v_head_size
-    mixed_HMD = np.matmul(p_HMT, lo_HTg)[..., np.arange(v_head_size) // size]
+    mixed_HMD: FloatArray = np.matmul(p_HMT, lo_HTg)[..., np.arange(v_head_size) // size]
     for g, start in enumerate(range(0, v_head_size, size)):
         channels = slice(start, start + size)
         mixed_HMD[..., channels] += np.matmul(p_HMT * scale_HTg[:, None, :, g], codes_HTD[..., channels])
+    return mixed_HMD
+
+
+def _mix_dense(p_HMT: FloatArray, v_HTD: FloatArray, hidden_ST: Mask) -> FloatArray:
+    """p.v: (H, M, Dv). A hidden token's weight is 0, but 0 times infinity is NaN: its value is left out."""
+    mixed_HMD: FloatArray
+    if hidden_ST is None or np.isfinite(v_HTD).all():
+        mixed_HMD = np.matmul(p_HMT, v_HTD)
+        return mixed_HMD
+    is_lost_T = np.logical_not(np.isfinite(v_HTD).all(axis=(0, 2)))
+    hidden_MT = np.tile(hidden_ST, (p_HMT.shape[1] // len(hidden_ST), 1))
+    mixed_HMD = np.matmul(p_HMT, np.where(is_lost_T[:, None], np.float32(0), v_HTD))
+    for t in np.flatnonzero(is_lost_T):
+        mixed_HMD += np.where(hidden_MT[:, t, None], np.float32(0), p_HMT[..., t, None] * v_HTD[:, None, t])
     return mixed_HMD
 
 

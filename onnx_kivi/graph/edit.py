@@ -17,7 +17,7 @@ import onnx
 from onnx import helper, numpy_helper
 
 from ..errors import UnsupportedModelError
-from .files import entry, external_file
+from .external import entry, external_file
 from .schemas import register_schemas
 from .view import Graph, Model
 

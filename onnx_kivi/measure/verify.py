@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,7 @@ from ..rewrite.rewriter import dense
 from ..run.generate import check_seed
 from ..run.session import NotRewrittenError
 from ..spec import CROSS, DENSE_BITS, DOMAIN, QUANTIZED_KV_SDPA, SdpaAttributes
+from ..staging import staging_folder
 from .replay import Divergence, Reference
 from .synthetic import ENCODER_TOKENS
 
@@ -98,6 +98,8 @@ def verify(
         if value is not None and value < 1:
             raise ConfigError(f"{name}: expected an integer >= 1, got {value}")
     check_seed(seed)
+    if tolerance is not None and not (np.isfinite(tolerance) and tolerance >= 0):
+        raise ConfigError(f"tolerance: expected a number >= 0, got {tolerance}")
     slots = _slots(rewritten)
     report = report or inspect(original, cross=any(a.kind == CROSS for a in slots))
     quantized = [a for a in slots if min(a.k_bits, a.v_bits) < DENSE_BITS]
@@ -109,9 +111,9 @@ def verify(
         progress("verify: running the rewritten model", 0.6)
         scores = reference.compare(rewritten)
         return _judge(scores, scores, limit, None)
-    with tempfile.TemporaryDirectory(dir=Path(rewritten).parent, prefix=".kivi-verify-") as folder:
+    with staging_folder(Path(rewritten)) as folder:
         progress("verify: running its 32-bit sibling", 0.4)
-        sibling = Path(folder) / "model.onnx"
+        sibling = folder / "model.onnx"
         save(dense(load(rewritten)), sibling, temporary=True)
         exact = reference.compare(sibling)
     progress("verify: running the rewritten model", 0.7)

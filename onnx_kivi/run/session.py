@@ -187,7 +187,8 @@ def open_model(
     """An onnxruntime session of any model. Raises UnsupportedModelError if the file is missing or can't be loaded."""
     where = _name(model)
     if not isinstance(model, bytes) and not model_path(model).is_file():
-        raise UnsupportedModelError(f"{where}: expected an ONNX file, got nothing there; check the path")
+        got = "something that is no regular file" if model_path(model).exists() else "nothing there"
+        raise UnsupportedModelError(f"{where}: expected an ONNX file, got {got}; check the path")
     source = model if isinstance(model, bytes) else where
     try:
         return ort.InferenceSession(source, options or quiet_options(), providers or ["CPUExecutionProvider"])

@@ -15,14 +15,16 @@ from typing import Any
 import numpy as np
 
 from ..errors import ConfigError
-from ..graph import Graph, load, save
+from ..graph import load, save
+from ..own_nodes import read_own_nodes
+from ..paths import model_path
 from ..progress import Progress, silent
 from ..rewrite.inspector import inspect
 from ..rewrite.report import Report
 from ..rewrite.rewriter import dense
 from ..run.generate import check_seed
 from ..run.session import NotRewrittenError
-from ..spec import CROSS, DENSE_BITS, DOMAIN, QUANTIZED_KV_SDPA, SdpaAttributes
+from ..spec import CROSS, DENSE_BITS, QUANTIZED_KV_SDPA, SdpaAttributes
 from ..staging import staging_folder
 from .replay import Divergence, Reference
 from .synthetic import ENCODER_TOKENS
@@ -148,17 +150,13 @@ def _judge(exact: Divergence, actual: Divergence, tolerance: float, bits: int | 
 
 def _slots(rewritten: str | os.PathLike[str]) -> list[SdpaAttributes]:
     """The attributes of the nodes, read without a run, of which an original may not be capable either."""
-    nodes = [node for node in Graph(load(rewritten)).nodes if node.op == f"{DOMAIN}.{QUANTIZED_KV_SDPA.name}"]
-    if not nodes:
+    nodes = read_own_nodes(model_path(rewritten))
+    if nodes is None:
         raise NotRewrittenError(
             f"{rewritten}: expected a rewritten model, with {QUANTIZED_KV_SDPA.name} nodes, got one without; run "
             "onnx-kivi rewrite on it first"
         )
-    names = [spec.name for spec in SdpaAttributes.specs()]
-    return [
-        SdpaAttributes.from_wire({name: node.attr(name) for name in names if node.attr(name) is not None})
-        for node in nodes
-    ]
+    return [*nodes.slots]
 
 
 def _prompts(slots: list[SdpaAttributes], prompt: int | None) -> list[int]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from ..own_nodes import read_own_nodes
 from ..paths import model_path
 from ..runtime.cache import Cache
 from ..runtime.hosts import choose, register, take_error
+from ..runtime.interrupts import stopped_by_interrupt
 from ..spec import DOMAIN, HANDLE_INPUT, PAST_LENGTH_INPUT, STORED_TOKENS
 from .generate import generate
 from .signature import ELEMENTS
@@ -94,7 +96,7 @@ class Session:
             feeds[HANDLE_INPUT] = np.array([cache.handle], np.int64)
             results, failure = None, None
             try:
-                results = self._session.run(output_names, feeds, run_options)
+                results = self._run(output_names, feeds, run_options)
             except Exception as error:
                 failure = error
             if (refusal := take_error(self.host, cache.handle, failure)) is not None:
@@ -105,6 +107,14 @@ class Session:
             return list(results or ())
         finally:
             cache.run_lock.release()
+
+    def _run(
+        self, output_names: Sequence[str] | None, feeds: Mapping[str, Any], run_options: ort.RunOptions | None
+    ) -> list[Any]:
+        if self.host == "python":
+            return list(self._session.run(output_names, feeds, run_options))
+        options = ort.RunOptions() if run_options is None else run_options
+        return list(stopped_by_interrupt(partial(self._session.run, output_names, feeds, options), options))
 
     def generate(
         self,

@@ -85,7 +85,7 @@ EDITS: dict[str, tuple[Edit, str]] = {
     "text that is not UTF-8": (bytes_of("kind", b"\xff\xfeself"), "attribute kind in UTF-8, got b'.xff.xfeself'"),
     "a number that is not UTF-8": (bytes_of("scale", b"\xff"), "attribute scale in UTF-8"),
     "a number that is none": (bytes_of("scale", b"1.0\0x"), "attribute scale: expected float"),
-    "an infinite scale": (bytes_of("scale", b"inf"), "scale: expected a finite number"),
+    "an infinite scale": (bytes_of("scale", b"inf"), "scale: expected (float|a finite number)"),
     "three bits": (given("k_bits", 3), "k_bits: expected one of"),
     "another version": (given("spec_version", 2), "spec_version: expected 1, got 2"),
     "another version of the step": (given("spec_version", 0, opening), "spec_version: expected 1, got 0"),

@@ -6,7 +6,7 @@ import hashlib
 
 import onnx
 
-from .files import entry, external_file
+from .external import entry, external_file
 from .view import Model
 
 HASHED_BYTES = 4096

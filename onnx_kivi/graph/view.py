@@ -22,6 +22,7 @@ from ..errors import UnsupportedModelError
 Model = onnx.ModelProto
 
 MAX_CONSTANT = 1 << 22
+MAX_RANK = 32
 INITIALIZERS_ARE_CONSTANT_FROM_IR = 4
 
 
@@ -163,9 +164,15 @@ def _captured(proto: onnx.NodeProto) -> Iterator[str]:
         yield from (o.name for o in graph.output if o.name not in local)
 
 
+def elements(tensor: onnx.TensorProto) -> int | None:
+    """How many elements a tensor has; None for dimensions that no array has."""
+    dims = tensor.dims
+    return None if len(dims) > MAX_RANK or any(d < 0 for d in dims) else math.prod(dims)
+
+
 def _array(tensor: onnx.TensorProto) -> Array | None:
-    external = tensor.data_location == onnx.TensorProto.EXTERNAL
-    if external or any(d < 0 for d in tensor.dims) or math.prod(tensor.dims) > MAX_CONSTANT:
+    count = None if tensor.data_location == onnx.TensorProto.EXTERNAL else elements(tensor)
+    if count is None or count > MAX_CONSTANT:
         return None
     try:
         return np.asarray(numpy_helper.to_array(tensor))

@@ -277,7 +277,7 @@ def test_an_old_file_survives_a_failed_save(tmp_path: Path, monkeypatch: pytest.
 
     out = tmp_path / "out.onnx"
     out.write_bytes(b"old")
-    monkeypatch.setattr(Path, "write_bytes", full)
+    monkeypatch.setattr("os.fsync", full)
     with pytest.raises(OSError, match="No space"):
         graph.save(decoder(), out)
     assert out.read_bytes() == b"old"

@@ -19,9 +19,9 @@ import numpy.typing as npt
 import onnx_kivi as kivi
 import vectors
 from onnx_kivi.runtime.backend import Backend, QuantizedBlock
-from onnx_kivi.runtime.cache_file import FORMAT_VERSION, save_state
+from onnx_kivi.runtime.cache_file import save_state
 from onnx_kivi.runtime.select import get_backend
-from onnx_kivi.spec import SPEC_VERSION, SdpaAttributes
+from onnx_kivi.spec import FORMAT_VERSION, SPEC_VERSION, SdpaAttributes
 from onnx_kivi_models.tiny import tiny_config, tiny_decoder
 from stepping import run, sdpa
 

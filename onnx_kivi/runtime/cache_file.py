@@ -1,8 +1,8 @@
 """Cache files: a CacheState in one file, the same bytes for the same state, whichever backend held it.
 
-SPEC.md, section "The cache file", is the format; shapes follow from the counts in the header and from the nodes'
-attributes (`backend.QuantizedBlock` defines the layout of codes). Loading trusts nothing: every way in which a file
-can lie is a CacheError, found before memory is taken for it.
+SPEC.md, "The cache file", is the format; shapes follow from the counts in the header and from the nodes' attributes
+(`backend.QuantizedBlock` defines the layout of codes). Loading trusts nothing: every way in which a file can lie is
+a CacheError, found before memory is taken for it.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The only definition of the ops `onnx_kivi::KvCacheStep` and `onnx_kivi::QuantizedKvSdpa`.
 
-Node construction, the host's declaration, validation, the tests' shapes and the README's op table
+Node construction, the host's declaration, validation, the tests' shapes and the tables of SPEC.md
 are all derived from the tables below. Dimension letters: B batch, Hq query heads, Hkv key/value
 heads (Hq % Hkv == 0), S new tokens, N tokens given to append (S, or 0 to attend only), P past
 tokens, T = P + N, Dk key head size, Dv value head size. S and N may be 0; B, Hq, Hkv, Dk and Dv are 1 to MAX_SIZE.
@@ -20,6 +20,7 @@ from .errors import CacheError, ConfigError, SpecMismatchError
 DOMAIN = "onnx_kivi"
 OPSET_VERSION = 1
 SPEC_VERSION = 1
+FORMAT_VERSION = 1
 MIN_IR_VERSION = 8
 
 HANDLE_INPUT = "cache_handle"
@@ -308,21 +309,7 @@ def _check_sizes(where: str, letters: tuple[str, ...], shape: tuple[int, ...]) -
             raise CacheError(f"{where}: expected {letter} from 1 to {MAX_SIZE}, got shape {shape}")
 
 
-def op_table() -> str:
-    """The README's table of the ops, in Markdown."""
-    lines: list[str] = []
-    for op in OPS:
-        lines += [f"**`{DOMAIN}::{op.name}`** (version {OPSET_VERSION}): {op.doc}", ""]
-        lines += ["| | name | type | meaning |", "|---|---|---|---|"]
-        for role, tensors in (("input", op.inputs), ("output", op.outputs)):
-            for t in tensors:
-                lines.append(f"| {role} | `{t.name}` | {t.element} ({', '.join(t.shape)}) | {t.meaning} |")
-        for a in op.attributes:
-            default = "" if a.default is None else f", default `{a.default}`"
-            lines.append(f"| attribute | `{a.name}` | {a.wire}{default} | {a.meaning} |")
-        lines.append("")
-    return "\n".join(lines)
-
-
 if __name__ == "__main__":
-    print(op_table())
+    from .spec_document import document
+
+    print(document(), end="")

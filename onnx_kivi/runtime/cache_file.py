@@ -1,14 +1,6 @@
 """Cache files: a CacheState in one file, the same bytes for the same state, whichever backend held it.
 
-    offset      bytes  content
-    0           8      "KIVIKV" and the format version, u16 little-endian
-    8           8      length of the header, u64 little-endian
-    16          n      header, JSON in UTF-8: step, length, slots: [{attributes, rows: [{sinks, residual, blocks}]}]
-    16 + n             arrays, little-endian, C order, without padding, in the order in which the header implies them
-    last 32            SHA-256 of everything before it
-
-The attributes are those of the nodes as written in a model. Of a row, the header has the counts (heads, head sizes,
-sinks, residual) and per block one letter pair: q for codes, d for f32, keys first; shapes follow from these
+SPEC.md, "The cache file", is the format; shapes follow from the counts in the header and from the nodes' attributes
 (`backend.QuantizedBlock` defines the layout of codes). Loading trusts nothing: every way in which a file can lie is
 a CacheError, found before memory is taken for it, and a header must say what saving would have written.
 """
@@ -30,14 +22,13 @@ import numpy.typing as npt
 from ..arrays import FloatArray
 from ..errors import CacheError, KiviError
 from ..paths import open_regular
-from ..spec import SdpaAttributes, StepAttributes
+from ..spec import FORMAT_VERSION, SdpaAttributes, StepAttributes
 from ..staging import staged
 from .backend import BlockState, CacheState, QuantizedBlock, RowState, SlotState
 from .numpy_backend.quantize import group_count, packed_size
 from .state import check_state
 
 MAGIC = b"KIVIKV"
-FORMAT_VERSION = 1
 PREFIX = struct.Struct("<6sHQ")
 DIGEST_BYTES = hashlib.sha256().digest_size
 LARGEST_SIZE = 1 << 32

@@ -4,6 +4,7 @@
 #include "../include/onnx_kivi.h"
 #include "../store/kernel_choice.hpp"
 #include "../store/store.hpp"
+#include "../threads/interrupts.hpp"
 
 namespace {
 
@@ -52,6 +53,8 @@ KIVI_API int64_t kivi_cache_sealed_tokens(int64_t handle) {
 KIVI_API int64_t kivi_cache_nbytes(int64_t handle) {
     return guarded(int64_t{-1}, [=] { return onnx_kivi::nbytes(onnx_kivi::cache_snapshot(handle)); });
 }
+
+KIVI_API int kivi_watch_interrupts(void) { return onnx_kivi::watch_interrupts() ? 0 : -1; }
 
 KIVI_API const char* kivi_last_error(void) { return last_error.c_str(); }
 

@@ -22,7 +22,7 @@ struct Lanes {
     }
 };
 
-// out[row][lane] = or += sum over depth of a[row][depth] * b[depth][lane], for VECTORS * W lanes.
+// out[row][lane] = or += sum over depth of a[row][depth] * b[depth][lane], for VECTORS * W lanes. `=` is for scores.
 template <int ROWS, int VECTORS, bool ADD>
 static inline void multiply_tile(const float* a, int64_t a_stride, Lanes b, int64_t depth, float* out,
                                  int64_t out_stride) {
@@ -45,7 +45,8 @@ static inline void multiply_tile(const float* a, int64_t a_stride, Lanes b, int6
 #pragma GCC unroll 16
     for (int r = 0; r < ROWS; ++r)
 #pragma GCC unroll 8
-        for (int v = 0; v < VECTORS; ++v) store(out + r * out_stride + v * W, sums[r][v]);
+        for (int v = 0; v < VECTORS; ++v)
+            store(out + r * out_stride + v * W, ADD ? sums[r][v] : finite_or_nan(sums[r][v]));
 }
 
 // As many rows at a time as ROWS, then half as many, and so on.
@@ -106,6 +107,16 @@ static void dense_scores(const float* keys, int64_t stride, int64_t tokens, int6
         multiply_dense<false>(q, q_stride, rows, {panel, TILE_LANES, TILE_LANES * size}, size, lanes, scores + first,
                               scores_stride);
     }
+}
+
+static inline bool are_finite(const float* x, int64_t count) {
+    uint32_t found = 0;
+    for (int64_t i = 0; i < count; ++i) {
+        uint32_t bits;
+        std::memcpy(&bits, x + i, sizeof bits);
+        found |= (bits & 0x7f800000) == 0x7f800000;
+    }
+    return !found;
 }
 
 // sums (rows, side.lanes) += p (rows, tokens) times dense values.

@@ -60,7 +60,8 @@ static inline void fold_rows(Folded& folded, const float* x, int64_t x_stride, c
     }
 }
 
-// VECTORS * W lanes for ROWS rows, in `lines` lines of codes: out[row][lane] = or += base + step * sum.
+// VECTORS * W lanes for ROWS rows, in `lines` lines of codes: out[row][lane] = or += base + step * sum. `=` is for
+// scores.
 template <int BITS, int ROWS, int VECTORS, bool ADD>
 static inline void dot_lanes(const unsigned char* codes, const unsigned char* ahead, int64_t line_stride, int lines,
                              const Folded& folded, float* out, int64_t out_stride) {
@@ -95,7 +96,7 @@ static inline void dot_lanes(const unsigned char* codes, const unsigned char* ah
         for (int v = 0; v < VECTORS; ++v) {
             float* to = out + r * out_stride + v * W;
             const F lanes = fma(sum_to_float(sums[r][v]), set1(folded.step[r]), set1(folded.base[r]));
-            store(to, ADD ? add(load(to), lanes) : lanes);
+            store(to, ADD ? add(load(to), lanes) : finite_or_nan(lanes));
         }
 }
 

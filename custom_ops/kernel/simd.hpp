@@ -42,6 +42,9 @@ static inline F exp(F x) {
     return select(greater(set1(-87.3f), x), set1(0), scale_by_power(p, n));
 }
 
+// NaN for what is not finite: which infinity, or NaN, a sum of overflowing products comes to depends on their order.
+static inline F finite_or_nan(F x) { return fma(x, set1(0), x); }
+
 static inline F tanh(F x) {
     const F size = abs(x);
     const F capped = select(greater(size, set1(20)), set1(20), size);

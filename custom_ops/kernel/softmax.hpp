@@ -1,5 +1,5 @@
 // The softmax of a tile of scores, online: exponentials relative to the largest score so far, literal about what a
-// finite fill, -inf and NaN do in a softmax over the whole row.
+// finite fill, infinities and NaN do in a softmax over the whole row.
 #pragma once
 
 #include "scratch.hpp"

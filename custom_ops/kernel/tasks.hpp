@@ -140,11 +140,16 @@ static inline void tile_scores(const Task& task, const Tile& tile, const Memory&
                      memory.scores(0), s.scores_stride, memory.panel());
 }
 
+// Whether causality or the window hides any of the tile from any query.
+static inline bool hides_some(const Task& task, const Tile& tile) {
+    return task.visible_begin(task.query + task.queries - 1) > tile.first ||
+           task.visible_end(task.query) < tile.first + tile.tokens;
+}
+
 // Whether every score of the tile is what the keys say: no softcap, no mask, no padding, nothing hidden.
 static inline bool is_plain(const Task& task, const Tile& tile) {
     return task.attention.softcap == 0 && !task.attention.mask && tile.tokens % TILE_LANES == 0 &&
-           task.visible_begin(task.query + task.queries - 1) <= tile.first &&
-           task.visible_end(task.query) >= tile.first + tile.tokens;
+           !hides_some(task, tile);
 }
 
 static inline void shape_scores(const Task& task, const Tile& tile, const Memory& memory) {
@@ -173,6 +178,25 @@ static inline void tile_softmax(const Task& task, const Tile& tile, const Memory
         exponentials(memory.scores(r), padded, {memory.peak(r), memory.total(r), memory.sums(r), memory.layout.lanes});
 }
 
+// Each row over the tokens that it sees: the weight of a hidden one is 0, but 0 times infinity is NaN.
+static inline void visible_values(const Task& task, const Tile& tile, const Memory& memory) {
+    const Scratch& s = memory.layout;
+    for (int64_t r = 0; r < task.rows(); ++r) {
+        const int64_t from = task.visible_begin(task.q_token(r)) - tile.first;
+        const int64_t to = task.visible_end(task.q_token(r)) - tile.first;
+        const int64_t begin = from > 0 ? from : 0, end = to < tile.tokens ? to : tile.tokens;
+        if (begin < end)
+            dense_values(task.layout.value, tile.value + begin * tile.value_stride, tile.value_stride, end - begin,
+                         memory.scores(r) + begin, s.scores_stride, 1, memory.sums(r), s.lanes, memory.panel());
+    }
+}
+
+static inline bool has_finite_values(const Task& task, const Tile& tile) {
+    for (int64_t token = 0; token < tile.tokens; ++token)
+        if (!are_finite(tile.value + token * tile.value_stride, task.layout.value.size)) return false;
+    return true;
+}
+
 static inline void tile_values(const Task& task, const Tile& tile, const Memory& memory) {
     const Side& side = task.layout.value;
     const Scratch& s = memory.layout;
@@ -180,6 +204,8 @@ static inline void tile_values(const Task& task, const Tile& tile, const Memory&
         multiply_quantized<true>(side, side_data(task, tile.block, false), side_data(task, tile.next, false),
                                  memory.scores(0), s.scores_stride, task.rows(), memory.sums(0), s.lanes,
                                  memory.folded(side.depth_padded));
+    else if (hides_some(task, tile) && !has_finite_values(task, tile))
+        visible_values(task, tile, memory);
     else
         dense_values(side, tile.value, tile.value_stride, tile.tokens, memory.scores(0), s.scores_stride, task.rows(),
                      memory.sums(0), s.lanes, memory.panel());
@@ -197,7 +223,7 @@ static inline void start_rows(const Task& task, const Memory& memory) {
         std::memset(memory.total(r), 0, size_t(SUM_LANES) * sizeof(float));
         const float sink = a.head_sink && task.split == 0 ? a.head_sink[task.q_head(r)] : -__builtin_inff();
         *memory.peak(r) = sink;
-        *memory.total(r) = sink > -__builtin_inff();
+        *memory.total(r) = sink == -__builtin_inff() ? 0 : exp1(sink - sink);
     }
 }
 

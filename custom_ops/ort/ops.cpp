@@ -6,6 +6,7 @@
 #include <memory>
 
 #include "../store/store.hpp"
+#include "../threads/interrupts.hpp"
 #include "../threads/pool.hpp"
 #include "api.hpp"
 #include "half.hpp"
@@ -14,12 +15,16 @@ namespace onnx_kivi::ort {
 
 namespace {
 
-// onnxruntime's own threads.
+// onnxruntime's own threads, for a node of the run that the calling thread began last: all nodes run on one thread,
+// unless the session's execution mode is parallel, in which no interrupt is seen.
 class RuntimeThreads final : public Scheduler {
 public:
     RuntimeThreads(const OrtApi* api, const OrtKernelContext* context, int threads)
-        : api_(api), context_(context), threads_(threads) {}
+        : api_(api), context_(context), threads_(threads), watch_(run()) {}
+    static void begin_run() { run() = InterruptWatch::begin(); }
+
     int threads() const override { return threads_; }
+    bool is_stopped() const override { return watch_.is_interrupted(); }
     void run(std::size_t count, void (*task)(void*, std::size_t), void* context) override {
         OrtStatus* status = call<KernelContext_ParallelFor>(api_, context_, task, count, std::size_t{0}, context);
         if (status == nullptr) return;
@@ -29,9 +34,15 @@ public:
     }
 
 private:
+    static InterruptWatch& run() {
+        thread_local InterruptWatch watch;
+        return watch;
+    }
+
     const OrtApi* api_;
     const OrtKernelContext* context_;
     const int threads_;
+    const InterruptWatch watch_;
 };
 
 // Callbacks find here what they are not told.
@@ -98,6 +109,7 @@ public:
     }
 
     void compute(OrtKernelContext* context) {
+        RuntimeThreads::begin_run();
         const int64_t handle = one(context, 0, "cache_handle"), length = one(context, 1, "past_length");
         const auto [past, ticket] = open_step(handle == DEFAULT_HANDLE ? default_handle() : handle, length, attributes_,
                                               nodes_served >= nodes_expected);

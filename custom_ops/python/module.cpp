@@ -10,6 +10,7 @@
 #include <type_traits>
 
 #include "../store/kernel_choice.hpp"
+#include "../threads/interrupts.hpp"
 #include "../threads/pool.hpp"
 #include "bind.hpp"
 
@@ -144,6 +145,7 @@ NB_MODULE(_native, m) {
     m.def("isa_names", kernel_names);
     m.def("use_isa", use_kernel);
     m.def("threads", default_threads);
+    m.def("watch_interrupts", watch_interrupts);
 }
 
 }  // namespace onnx_kivi

@@ -19,14 +19,15 @@ void set_mask(Attention& attention, const Tensor& mask) {
 }
 
 // Waking a sleeping thread costs about as much as this many multiplications.
-constexpr int64_t LEAST_WORK_PER_THREAD = 1 << 19;
+constexpr double LEAST_WORK_PER_THREAD = 1 << 19;
 
 // Threads that are worth their waking for this call.
 int threads_for(const Attention& attention, const Dims& dims, int available) {
     const int64_t keys =
         attention.window > 0 ? std::min(dims[P] + dims[N], attention.window + dims[S]) : dims[P] + dims[N];
-    const int64_t work = dims[B] * dims[HQ] * dims[S] * keys * (dims[DK] + dims[DV]);
-    return static_cast<int>(std::clamp<int64_t>(work / LEAST_WORK_PER_THREAD, 1, available));
+    const double rows = static_cast<double>(dims[B]) * static_cast<double>(dims[HQ]) * static_cast<double>(dims[S]);
+    const double work = rows * static_cast<double>(keys) * static_cast<double>(dims[DK] + dims[DV]);
+    return static_cast<int>(std::clamp<double>(work / LEAST_WORK_PER_THREAD, 1, available));
 }
 
 int64_t whole_lines(int64_t bytes) { return (bytes + LINE_BYTES - 1) / LINE_BYTES * LINE_BYTES; }
@@ -78,9 +79,11 @@ void run_attention(const SdpaAttributes& attributes, const Layout& layout, const
     scheduler.for_each(static_cast<std::size_t>(workers), [&](std::size_t worker) {
         unsigned char* const own = memory + workspace + static_cast<int64_t>(worker) * scratch;
         for (int64_t task; (task = next.fetch_add(1, std::memory_order_relaxed)) < plan.tasks;) {
+            if (scheduler.is_stopped()) return;
             kernel.run_task(attention, plan, task, own, memory);
         }
     });
+    if (scheduler.is_stopped()) throw_cache_error("the run was interrupted, and its tokens are dropped");
     for (int64_t i = 0; i < plan.combines; ++i) kernel.run_combine(attention, plan, i, memory);
 }
 

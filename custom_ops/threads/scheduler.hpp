@@ -12,6 +12,9 @@ public:
     // Threads that may run tasks at once, the caller's included; plans are made for this number.
     virtual int threads() const = 0;
 
+    // Whether the run is given up: tasks that have not begun may be left out, and the node then fails.
+    virtual bool is_stopped() const { return false; }
+
     // Calls task(context, i) once for every i < count, in any order, and returns when all are done.
     // Tasks must not throw.
     virtual void run(std::size_t count, void (*task)(void* context, std::size_t i), void* context) = 0;

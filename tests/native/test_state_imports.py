@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -64,13 +65,13 @@ def sized(row: RowState, heads: int, k_size: int, v_size: int) -> RowState:
     def value(tokens: int) -> np.ndarray:
         return np.zeros((heads, tokens, v_size), np.float32)
 
-    sinks, residual = row.sink_key.shape[1], row.residual_key.shape[1]
+    sinks, residual = row.sinks.key.shape[1], row.residual.key.shape[1]
     blocks = tuple(BlockState(key(4), value(4)) for _ in row.blocks)
     return RowState(key(sinks), value(sinks), blocks, key(residual), value(residual))
 
 
 @pytest.mark.parametrize("sizes", [(0, 6, 6), (2, 0, 6), (2, 6, 0), (2, 6, (1 << 16) + 1)])
-def test_heads_and_sizes_are_from_one_to_the_most(state, sizes):
+def test_heads_and_sizes_are_from_one_to_the_most(state: CacheState, sizes: tuple[int, int, int]) -> None:
     row = sized(state.slots[0].rows[0], *sizes)
     assert refusal(with_rows(state, row, row)) == (
         f"cache state, slot 0: expected heads and head sizes from 1 to 65536, got {sizes[0]}, {sizes[1]} and {sizes[2]}"
@@ -79,7 +80,7 @@ def test_heads_and_sizes_are_from_one_to_the_most(state, sizes):
 
 @pytest.mark.parametrize("sizes", [(1, 6, 6), (3, 6, 6), (2, 4, 6), (2, 9, 6), (2, 6, 4), (2, 6, 99)])
 @pytest.mark.parametrize("first", [True, False])
-def test_the_rows_of_a_slot_have_the_same_sizes(state, sizes, first):
+def test_the_rows_of_a_slot_have_the_same_sizes(state: CacheState, sizes: tuple[int, int, int], first: bool) -> None:
     row, other = state.slots[0].rows[0], sized(state.slots[0].rows[0], *sizes)
     assert "slot 0, residual: expected float32 (" in refusal(
         with_rows(state, *((other, row) if first else (row, other)))
@@ -109,12 +110,12 @@ def lies(state: CacheState) -> list[CacheState]:
         with_rows(state, row),
         with_rows(state, replace(row, blocks=row.blocks[1:]), first.rows[1]),
         with_rows(state, replace(row, blocks=(*row.blocks, block)), first.rows[1]),
-        with_rows(state, replace(row, sink_key=row.sink_key[:, :0], sink_value=row.sink_value[:, :0]), row),
-        with_rows(state, replace(row, sink_key=row.sink_key[0]), row),
-        with_rows(state, replace(row, sink_value=row.sink_value.astype(np.float64)), row),
-        with_rows(state, replace(row, residual_key=row.residual_key.astype(np.int32)), row),
+        with_rows(state, replace(row, sink_key=row.sinks.key[:, :0], sink_value=row.sinks.value[:, :0]), row),
+        with_rows(state, replace(row, sink_key=row.sinks.key[0]), row),
+        with_rows(state, replace(row, sink_value=row.sinks.value.astype(np.float64)), row),
+        with_rows(state, replace(row, residual_key=row.residual.key.astype(np.int32)), row),
         with_rows(state, replace(row, residual_value=[[[1.0]]]), row),  # type: ignore[arg-type]
-        with_rows(state, replace(row, residual_value=row.residual_value[:, :1]), row),
+        with_rows(state, replace(row, residual_value=row.residual.value[:, :1]), row),
         with_key(codes=block.key.codes[:, :, :1]),
         with_key(codes=block.key.codes.astype(np.int8)),
         with_key(lo=inf),
@@ -128,15 +129,15 @@ def lies(state: CacheState) -> list[CacheState]:
 
 
 @pytest.mark.parametrize("number", range(26))
-def test_a_state_that_contradicts_itself_is_refused_in_the_same_words(state, number):
+def test_a_state_that_contradicts_itself_is_refused_in_the_same_words(state: CacheState, number: int) -> None:
     assert len(lies(state)) == 26
     assert refusal(lies(state)[number]).startswith("cache state")
 
 
-def test_arrays_of_any_strides_are_taken_for_what_they_show(state):
+def test_arrays_of_any_strides_are_taken_for_what_they_show(state: CacheState) -> None:
     row = state.slots[0].rows[0]
-    spread = np.repeat(row.residual_key, 2, axis=2)[:, :, ::2]
-    backward = np.flip(np.flip(row.sink_value, 0).copy(), 0)
+    spread = np.repeat(row.residual.key, 2, axis=2)[:, :, ::2]
+    backward = np.flip(np.flip(row.sinks.value, 0).copy(), 0)
     assert not spread.flags.c_contiguous
     assert not backward.flags.c_contiguous
     given = with_rows(state, replace(row, residual_key=spread, sink_value=backward), state.slots[0].rows[1])
@@ -147,7 +148,7 @@ def test_arrays_of_any_strides_are_taken_for_what_they_show(state):
 
 @settings(max_examples=150, deadline=None)
 @given(data=st.data())
-def test_any_change_of_shape_leaves_both_stores_with_the_same_cache_or_the_same_words(data):
+def test_any_change_of_shape_leaves_both_stores_with_the_same_cache_or_the_same_words(data: st.DataObject) -> None:
     """One array of a state gets another shape, or another type: the stores agree, and what they took they hold."""
     backend = get_backend("numpy")
     rng = np.random.default_rng(data.draw(st.integers(0, 99)))
@@ -162,7 +163,9 @@ def test_any_change_of_shape_leaves_both_stores_with_the_same_cache_or_the_same_
     shape = data.draw(st.lists(st.integers(0, 7), min_size=3, max_size=3))
     changed = np.zeros(shape, data.draw(st.sampled_from([np.float32, np.float64])))
     both = data.draw(st.booleans())
-    rows = (replace(row, **{name: changed}),) * 2 if both else (replace(row, **{name: changed}), state.slots[0].rows[1])
+    change: dict[str, Any] = {name: changed}
+    lie = replace(row, **change)
+    rows = (lie, lie if both else state.slots[0].rows[1])
     first, second = (outcome(store, with_rows(state, *rows)) for store in STORES)
     if isinstance(first, str) or isinstance(second, str):
         assert first == second, array.shape
@@ -170,7 +173,7 @@ def test_any_change_of_shape_leaves_both_stores_with_the_same_cache_or_the_same_
         assert_same(first, second)
 
 
-def test_a_file_that_lies_with_a_right_checksum_does_not_end_the_process(state, tmp_path):
+def test_a_file_that_lies_with_a_right_checksum_does_not_end_the_process(state: CacheState, tmp_path: Path) -> None:
     """In a process of its own, because what this guards against is a crash."""
     row = state.slots[0].rows[0]
     small, large = sized(row, 1, 1, 1), sized(row, 4, 40, 40)

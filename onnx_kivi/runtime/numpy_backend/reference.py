@@ -5,7 +5,11 @@ each at its own place (freed tokens leave a gap, which the window hides); times 
 window, one softmax column for the head's sink logit; softmax literally in float32, finite fill values included; times
 the values. Codes are folded, never decoded: with k = lo + s c, q.k = q.lo + (q s).c, and with v = lo + s c,
 p.v = p.lo + (p s).c (KIVI, arXiv 2402.02750, quantizes as such).
-The softmax is online over tiles of at most TILE_TOKENS keys and QUERY_TILE queries: scratch is O(tile x heads).
+What is not finite: a key that causality or the window hides takes no part, whatever it and its value hold. Of the
+others, a query times key that is NaN or beyond float32, of either sign, makes its row NaN; so do NaN or +inf in the
+row's mask or sink, and a row of nothing but -inf. `nan_to_zero` makes such rows zeros. (Which infinity, or NaN, a sum
+of overflowing products comes to depends on their order, so it is not asked.) NaN and infinities in values end where
+the sum of weights times values puts them: 0 times infinity is NaN.
 
 Letters: H key/value heads, G query heads per key/value head, S queries, M = G S, T keys of a tile, n blocks of a
 tile, t tokens of a block, D channels.
@@ -17,15 +21,18 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
+from ...arrays import FloatArray
 from ...spec import SdpaAttributes
-from ..backend import BlockState, FloatArray, QuantizedBlock, RowState
+from ..backend import BlockState, QuantizedBlock, RowState
 from .quantize import unpack
 
 TILE_TOKENS = 1024
 QUERY_TILE = 64
 
-Side = tuple[QuantizedBlock | FloatArray, ...]
+TileSide = tuple[QuantizedBlock | FloatArray, ...]
+Mask = npt.NDArray[np.bool_] | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,8 +41,8 @@ class Tile:
 
     start: int
     stop: int
-    key: Side
-    value: Side
+    key: TileSide
+    value: TileSide
 
 
 def attend_row(
@@ -126,15 +133,17 @@ def _attend_queries(
             if _hidden(attributes, tile, position, queries):
                 continue
             scores_HGST = _scores(attributes, tile.key, q_HMD).reshape(heads, group, queries, -1)
-            _mask_scores(attributes, tile, position, mask, scores_HGST)
+            scores_HGST += scores_HGST * np.float32(0)
+            hidden_ST = _hidden_keys(attributes, tile, position, queries)
+            _mask_scores(attributes, tile, mask, hidden_ST, scores_HGST)
             new_peak = np.maximum(peak_HGS1, scores_HGST.max(axis=-1, keepdims=True))
             shift = _finite(new_peak)
             p_HGST = np.exp(np.subtract(scores_HGST, shift, out=scores_HGST), out=scores_HGST)
             fade = np.exp(peak_HGS1 - shift)
             total_HGS1 = total_HGS1 * fade + p_HGST.sum(axis=-1, keepdims=True)
-            p_HMT = p_HGST.reshape(heads, group * queries, -1)
             mixed_HGSD *= fade
-            mixed_HGSD += _mix(attributes, tile.value, v_head_size, p_HMT).reshape(mixed_HGSD.shape)
+            p_HMT = p_HGST.reshape(heads, group * queries, -1)
+            mixed_HGSD += _mix(attributes, tile.value, v_head_size, p_HMT, hidden_ST).reshape(mixed_HGSD.shape)
             peak_HGS1 = new_peak
         mixed_HGSD /= total_HGS1
         if attributes.nan_to_zero:
@@ -152,17 +161,31 @@ def _hidden(attributes: SdpaAttributes, tile: Tile, position: int, queries: int)
     """Whether causality or the window hides the whole tile from all the queries."""
     last = position + queries - 1
     ahead = (attributes.is_causal or attributes.window) and tile.start > last
-    behind = (
-        attributes.window and attributes.window_sinks <= tile.start and tile.stop - 1 <= position - attributes.window
-    )
-    return bool(ahead or behind)
+    behind = attributes.window and tile.stop - 1 <= position - attributes.window
+    return bool(ahead or (behind and tile.start >= attributes.window_sinks))
+
+
+def _hidden_keys(attributes: SdpaAttributes, tile: Tile, position: int, queries: int) -> npt.NDArray[np.bool_] | None:
+    """(S, T): which keys of the tile causality or the window hides; None where it is none of them."""
+    if not (attributes.is_causal or attributes.window):
+        return None
+    places_T = np.arange(tile.start, tile.stop)
+    distance_ST = np.arange(position, position + queries)[:, None] - places_T
+    hidden_ST = distance_ST < 0
+    if attributes.window:
+        hidden_ST |= (distance_ST >= attributes.window) & (places_T >= attributes.window_sinks)
+    return hidden_ST if hidden_ST.any() else None
 
 
 def _mask_scores(
-    attributes: SdpaAttributes, tile: Tile, position: int, mask: FloatArray | None, scores_HGST: FloatArray
+    attributes: SdpaAttributes,
+    tile: Tile,
+    mask: FloatArray | None,
+    hidden_ST: Mask,
+    scores_HGST: FloatArray,
 ) -> None:
     """Softcap, additive mask, causality and window, in place, in this order."""
-    heads, group, queries, _ = scores_HGST.shape
+    heads, group, _, _ = scores_HGST.shape
     if attributes.softcap:
         cap = np.float32(attributes.softcap)
         scores_HGST /= cap
@@ -172,17 +195,11 @@ def _mask_scores(
         here = mask[:, :, tile.start : tile.stop] if mask.shape[2] > 1 else mask
         by_head = (heads, group) if mask.shape[0] > 1 else (1, 1)
         scores_HGST += here.reshape(*by_head, *here.shape[1:])
-    if attributes.is_causal or attributes.window:
-        places_T = np.arange(tile.start, tile.stop)
-        distance_ST = np.arange(position, position + queries)[:, None] - places_T
-        hidden_ST = distance_ST < 0
-        if attributes.window:
-            hidden_ST |= (distance_ST >= attributes.window) & (places_T >= attributes.window_sinks)
-        if hidden_ST.any():
-            np.copyto(scores_HGST, np.float32(-np.inf), where=hidden_ST)
+    if hidden_ST is not None:
+        np.copyto(scores_HGST, np.float32(-np.inf), where=hidden_ST)
 
 
-def _scores(attributes: SdpaAttributes, key: Side, q_HMD: FloatArray) -> FloatArray:
+def _scores(attributes: SdpaAttributes, key: TileSide, q_HMD: FloatArray) -> FloatArray:
     """q.k: (H, M, T)."""
     blocks, k_HTD = _split(key)
     if k_HTD is not None:
@@ -197,25 +214,40 @@ def _scores(attributes: SdpaAttributes, key: Side, q_HMD: FloatArray) -> FloatAr
     return np.moveaxis(scores_nHMt, 0, 2).reshape(*q_HMD.shape[:2], -1)
 
 
-def _mix(attributes: SdpaAttributes, value: Side, v_head_size: int, p_HMT: FloatArray) -> FloatArray:
+def _mix(
+    attributes: SdpaAttributes, value: TileSide, v_head_size: int, p_HMT: FloatArray, hidden_ST: Mask
+) -> FloatArray:
     """p.v: (H, M, Dv)."""
     blocks, v_HTD = _split(value)
     if v_HTD is not None:
-        mixed_HMD: FloatArray = np.matmul(p_HMT, v_HTD)
-        return mixed_HMD
+        return _mix_dense(p_HMT, v_HTD, hidden_ST)
     packed_HTx = np.concatenate([block.codes for block in blocks], axis=1)
     lo_HTg = np.concatenate([block.lo for block in blocks], axis=1).astype(np.float32)
     scale_HTg = np.concatenate([block.scale for block in blocks], axis=1).astype(np.float32)
     codes_HTD = unpack(packed_HTx, attributes.v_bits, v_head_size)
     size = attributes.v_group_size or v_head_size
-    mixed_HMD = np.matmul(p_HMT, lo_HTg)[..., np.arange(v_head_size) // size]
+    mixed_HMD: FloatArray = np.matmul(p_HMT, lo_HTg)[..., np.arange(v_head_size) // size]
     for g, start in enumerate(range(0, v_head_size, size)):
         channels = slice(start, start + size)
         mixed_HMD[..., channels] += np.matmul(p_HMT * scale_HTg[:, None, :, g], codes_HTD[..., channels])
     return mixed_HMD
 
 
-def _split(side: Side) -> tuple[list[QuantizedBlock], FloatArray | None]:
+def _mix_dense(p_HMT: FloatArray, v_HTD: FloatArray, hidden_ST: Mask) -> FloatArray:
+    """p.v: (H, M, Dv). A hidden token's weight is 0, but 0 times infinity is NaN: its value is left out."""
+    mixed_HMD: FloatArray
+    if hidden_ST is None or np.isfinite(v_HTD).all():
+        mixed_HMD = np.matmul(p_HMT, v_HTD)
+        return mixed_HMD
+    is_lost_T = np.logical_not(np.isfinite(v_HTD).all(axis=(0, 2)))
+    hidden_MT = np.tile(hidden_ST, (p_HMT.shape[1] // len(hidden_ST), 1))
+    mixed_HMD = np.matmul(p_HMT, np.where(is_lost_T[:, None], np.float32(0), v_HTD))
+    for t in np.flatnonzero(is_lost_T):
+        mixed_HMD += np.where(hidden_MT[:, t, None], np.float32(0), p_HMT[..., t, None] * v_HTD[:, None, t])
+    return mixed_HMD
+
+
+def _split(side: TileSide) -> tuple[list[QuantizedBlock], FloatArray | None]:
     """(quantized blocks, None), or ([], the f32 tokens as one array)."""
     blocks = [piece for piece in side if isinstance(piece, QuantizedBlock)]
     dense = [piece for piece in side if not isinstance(piece, QuantizedBlock)]

@@ -17,9 +17,9 @@ if TYPE_CHECKING:
     from .graph import save as save
     from .measure.verify import Verification as Verification
     from .measure.verify import verify as verify
-    from .rewrite.inspector import inspect as inspect
+    from .rewrite.pipeline import inspect as inspect
+    from .rewrite.pipeline import rewrite as rewrite
     from .rewrite.report import Report as Report
-    from .rewrite.rewriter import rewrite as rewrite
     from .run.session import Session as Session
     from .runtime.cache import Cache as Cache
     from .runtime.hosts import library_path as library_path
@@ -40,17 +40,17 @@ _HOMES = {
     "SpecMismatchError": "errors",
     "UnsupportedModelError": "errors",
     "Verification": "measure.verify",
-    "inspect": "rewrite.inspector",
+    "inspect": "rewrite.pipeline",
     "library_path": "runtime.hosts",
     "load": "graph",
     "quant_dequant": "runtime.numpy_backend.quantize",
     "register": "runtime.hosts",
-    "rewrite": "rewrite.rewriter",
+    "rewrite": "rewrite.pipeline",
     "save": "graph",
     "verify": "measure.verify",
 }
 
-__all__ = [*_HOMES, "__version__"]  # noqa: PLE0604
+__all__ = [*_HOMES, "__version__"]  # noqa: PLE0604 - the keys of the table are strings
 
 # The first import of a room binds its name here. Of `rewrite`, which is also a public function, that is undone at once.
 import_module(".rewrite", __name__)

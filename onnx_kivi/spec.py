@@ -1,7 +1,7 @@
 """The only definition of the ops of domain `onnx_kivi`, and of what a cache holds.
 
-Node construction, the hosts' declarations, validation, the state and its files, the tests' shapes and the table of the
-ops are all derived from the tables below. Dimension letters: B batch, R rows (B, or 1 for all alike), Hq query heads,
+Node construction, the hosts' declarations, validation, the state and its files, the tests' shapes and SPEC.md
+are all derived from the tables below. Dimension letters: B batch, R rows (B, or 1 for all alike), Hq query heads,
 Hkv key/value heads (Hq % Hkv == 0), S new tokens, N tokens given to append (S, or 0 to attend only), P past tokens,
 T = P + N, Dk key head size, Dv value head size. S and N may be 0; B, Hq, Hkv, Dk and Dv are 1 to MAX_SIZE. Of ghost
 I/O: G heads, L tokens and C channels as the host feeds them.
@@ -21,6 +21,7 @@ from .spec_types import MAX_SIZE, VERSIONS, NodeAttributes, OpSpec, TensorSpec, 
 
 DOMAIN = "onnx_kivi"
 OPSET_VERSION = 1
+FORMAT_VERSIONS = (1, 2)
 MIN_IR_VERSION = 8
 
 HANDLE_INPUT = "cache_handle"
@@ -121,6 +122,7 @@ class SdpaAttributes(NodeAttributes):
     nan_to_zero: int = attribute(
         "1: a softmax row that is NaN (all -inf, or a NaN, +inf or score beyond float32) becomes zeros", 0
     )
+    evict: int = attribute("1: blocks that the window hides from every query to come are freed", 0, since=2)
     window_sinks: int = attribute("first tokens that a query sees beside its window", 0, since=2)
     k_scheme: str = attribute("how key codes are made: `affine` (per channel of a block)", AFFINE, since=2)
     v_scheme: str = attribute("how value codes are made: `affine` (per token and group)", AFFINE, since=2)
@@ -138,6 +140,9 @@ class SdpaAttributes(NodeAttributes):
         one_of("nan_to_zero", self.nan_to_zero, (0, 1))
         between("window", self.window, 0, MAX_WINDOW)
         between("window_sinks", self.window_sinks, 0, MAX_SINK_LENGTH)
+        one_of("evict", self.evict, (0, 1))
+        if self.evict and not (self.window and self.kind == SELF):
+            raise ConfigError(f"evict: expected 0 without a window over a slot that grows, got {self.evict}")
         if self.window_sinks > self.sink_length or (self.window_sinks and not self.window):
             raise ConfigError(
                 f"window_sinks: expected at most sink_length, {self.sink_length}, and a window, got "
@@ -305,22 +310,7 @@ CACHE_STAMP = OpSpec(
 OPS = (KV_CACHE_STEP, QUANTIZED_KV_SDPA, KV_CACHE_STEP_V2, QUANTIZED_KV_SDPA_V2, CACHE_OPEN, CACHE_STAMP)
 
 
-def op_table() -> str:
-    """The table of the ops, in Markdown."""
-    lines: list[str] = []
-    for op in OPS:
-        built = "" if op.built else ", not built yet"
-        lines += [f"**`{DOMAIN}::{op.name}`** (version {op.version}{built}): {op.doc}", ""]
-        lines += ["| | name | type | meaning |", "|---|---|---|---|"]
-        for role, tensors in (("input", op.inputs), ("output", op.outputs)):
-            for t in tensors:
-                lines.append(f"| {role} | `{t.name}` | {t.element} ({', '.join(t.shape)}) | {t.meaning} |")
-        for a in op.attributes:
-            default = "" if a.default is None else f", default `{a.default}`"
-            lines.append(f"| attribute | `{a.name}` | {a.wire}{default} | {a.meaning} |")
-        lines.append("")
-    return "\n".join(lines)
-
-
 if __name__ == "__main__":
-    print(op_table())
+    from .spec_document import document
+
+    print(document(), end="")

@@ -62,6 +62,17 @@ ONE_KV_HEAD: dict[str, Any] = {
     "repeat_key": "k = Identity(present_0_key)",
     "repeat_value": "v = Identity(present_0_value)",
 }
+SECOND_LAYER: dict[str, Any] = {
+    "inputs": {"past_key_1": "float[B,2,P,8] past_1_key", "past_value_1": "float[B,2,P,8] past_1_value"},
+    "outputs": {
+        "out_1": "float[B,2,S,8] out_1",
+        "present_key_1": "float[B,2,T,8] present_1_key",
+        "present_value_1": "float[B,2,T,8] present_1_value",
+    },
+    "guard": """present_1_key = Concat<axis=2>(past_1_key, key) present_1_value = Concat<axis=2>(past_1_value, value)
+        turned = Transpose<perm=[0,1,3,2]>(present_1_key) scores_1 = MatMul(key, turned)
+        weights_1 = Softmax<axis=AXIS>(scores_1) out_1 = MatMul(weights_1, present_1_value)""",
+}
 CONSTANT = re.compile(r"\b([if])\(([-+.\de,]+)\)")
 
 
@@ -99,6 +110,11 @@ def decoder(
     return onnx.parser.parse_model(
         f'<ir_version: 10, opset_import: ["": {opset}{domains}]> decoder ({takes}) => ({gives}) <{values}> {{ {body} }}'
     )
+
+
+def two_layers(axis: int) -> onnx.ModelProto:
+    """The template with a second attention, without a mask and with as many query as key heads."""
+    return decoder(**SECOND_LAYER | {"guard": SECOND_LAYER["guard"].replace("AXIS", str(axis))})
 
 
 def feeds(rng: np.random.Generator, past: int, count: int, model: onnx.ModelProto) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from onnx import TensorProto, helper
 
 from onnx_kivi import spec
 from onnx_kivi.runtime import python_host as host
+from onnx_kivi.spec_types import OpSpec
 
 STEPS = {1: spec.KV_CACHE_STEP, 2: spec.KV_CACHE_STEP_V2}
 SDPAS = {1: spec.QUANTIZED_KV_SDPA, 2: spec.QUANTIZED_KV_SDPA_V2}
@@ -74,7 +75,7 @@ def feeds(
 
 
 def _node(
-    op: spec.OpSpec, outputs: list[str], inputs: list[str], wire: dict[str, Any], changes: Mapping[str, Any] | None
+    op: OpSpec, outputs: list[str], inputs: list[str], wire: dict[str, Any], changes: Mapping[str, Any] | None
 ) -> onnx.NodeProto:
     attributes = {name: value for name, value in (wire | dict(changes or {})).items() if value is not None}
     return helper.make_node(op.name, inputs, outputs, domain=spec.DOMAIN, name=outputs[0], **attributes)

@@ -48,7 +48,7 @@ def attention(
         p /= p.sum(-1, keepdims=True)
         if attributes.nan_to_zero:
             p = np.where(np.isnan(p), 0, p)
-        return np.einsum("hst,htd->hsd", p[..., :tokens], v)
+        return np.asarray(np.einsum("hst,htd->hsd", p[..., :tokens], v))
 
 
 def decoded(attributes: SdpaAttributes, row: RowState) -> tuple[Array, Array]:
@@ -67,10 +67,10 @@ def decoded(attributes: SdpaAttributes, row: RowState) -> tuple[Array, Array]:
 def codes(packed: Array, bits: int, count: int) -> Array:
     """The codes of each packed row, lowest bits first."""
     by_bit = np.unpackbits(packed, axis=-1, bitorder="little")[..., : count * bits]
-    return by_bit.reshape(*packed.shape[:-1], count, bits) @ (1 << np.arange(bits))
+    return np.asarray(by_bit.reshape(*packed.shape[:-1], count, bits) @ (1 << np.arange(bits)))
 
 
-def _keys(side: Any, bits: int, tokens: int) -> Array:
+def _keys(side: QuantizedBlock | Array, bits: int, tokens: int) -> Array:
     if not isinstance(side, QuantizedBlock):
         return side
     return np.swapaxes(
@@ -81,7 +81,7 @@ def _keys(side: Any, bits: int, tokens: int) -> Array:
     )
 
 
-def _values(side: Any, bits: int, size: int, group_size: int) -> Array:
+def _values(side: QuantizedBlock | Array, bits: int, size: int, group_size: int) -> Array:
     if not isinstance(side, QuantizedBlock):
         return side
     values = codes(side.codes, bits, size).astype(np.float64)

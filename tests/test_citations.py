@@ -14,8 +14,9 @@ CITATION = re.compile(r'\b((?:README|CONTRIBUTING|DECISIONS|SPEC)(?:\.md)?), "([
 
 
 def headings(document: str) -> set[str]:
-    path = ROOT / f"{document.removesuffix('.md')}.md"
-    text = path.read_text(encoding="utf-8") if path.is_file() else ""
+    name = f"{document.removesuffix('.md')}.md"
+    path = next((path for path in (ROOT / name, ROOT / "onnx_kivi" / name) if path.is_file()), None)
+    text = path.read_text(encoding="utf-8") if path else ""
     return {line.lstrip("# ") for line in text.splitlines() if line.startswith("#")}
 
 

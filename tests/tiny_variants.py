@@ -21,7 +21,7 @@ def with_state(tiny: Path, folder: Path) -> Path:
     graph.node.append(helper.make_node("Mul", ["past_state", "strength"], ["push"]))
     graph.node.append(helper.make_node("Add", ["stateless", "push"], ["logits"]))
     graph.node.append(helper.make_node("Identity", ["past_state"], ["present_state"]))
-    shape = ["batch", 1, VOCABULARY]
+    shape: list[str | int | None] = ["batch", 1, VOCABULARY]
     graph.input.append(helper.make_tensor_value_info("past_state", TensorProto.FLOAT, shape))
     graph.output.append(helper.make_tensor_value_info("present_state", TensorProto.FLOAT, shape))
     return saved(model, folder)

@@ -1,6 +1,6 @@
 """The zoo of models/zoo as the tests see it: its models, which of them are refused and why, and the table of both.
 
-`python tests/zoo.py` writes the table into the README; the tests hold it to what they find.
+`python tests/zoo.py` writes the table into models/zoo/README.md; the tests hold it to what they find.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 
 ZOO = Path(__file__).parents[1] / "models" / "zoo"
-README = Path(__file__).parents[1] / "README.md"
+README = ZOO / "README.md"
 MODELS = {path.parent.relative_to(ZOO).as_posix(): path for path in sorted(ZOO.rglob("model.onnx"))}
 
 # Model: a part of the reason for which it is left whole.
@@ -35,7 +35,7 @@ def table() -> str:
 
 
 def readme() -> str:
-    """The README with its table brought up to date."""
+    """The zoo's README with its table brought up to date."""
     before, rest = README.read_text(encoding="utf-8").split(START)
     return before + START + "\n" + table() + "\n" + END + rest.split(END)[1]
 

@@ -107,6 +107,10 @@ void validate(const SdpaAttributes& a) {
     one_of<int64_t>("nan_to_zero", a.nan_to_zero, {0, 1});
     between("window", a.window, 0, MAX_WINDOW);
     between("window_sinks", a.window_sinks, 0, MAX_SINK_LENGTH);
+    one_of<int64_t>("evict", a.evict, {0, 1});
+    if (a.evict != 0 && (a.window == 0 || a.row.is_cross())) {
+        refuse("evict", "0 without a window over a slot that grows", std::to_string(a.evict));
+    }
     if (a.window_sinks > a.row.sink_length || (a.window_sinks > 0 && a.window == 0)) {
         refuse("window_sinks", "at most sink_length, " + std::to_string(a.row.sink_length) + ", and a window",
                std::to_string(a.window_sinks) + " and window " + std::to_string(a.window));

@@ -90,6 +90,7 @@ struct SdpaAttributes {
     int64_t is_causal = 0;
     int64_t window = 0;
     int64_t nan_to_zero = 0;
+    int64_t evict = 0;
     int64_t window_sinks = 0;
     int64_t spec_version = FIRST_VERSION;
 
@@ -103,6 +104,7 @@ struct SdpaAttributes {
         visit("window", self.window);
         visit("nan_to_zero", self.nan_to_zero);
         if (version >= 2) {
+            visit("evict", self.evict);
             visit("window_sinks", self.window_sinks);
             RowOptions::scheme_fields(self.row, visit);
         }

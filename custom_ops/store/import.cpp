@@ -116,8 +116,7 @@ struct RowLength {
 void check_freed(const std::string& where, const SdpaAttributes& attributes, const RowArrays& row) {
     if (row.freed == 0) return;
     const RowOptions& options = attributes.row;
-    const bool is_hidden =
-        attributes.window > 0 && !options.is_cross() && tokens_in_blocks(options, row) >= attributes.window - 1;
+    const bool is_hidden = attributes.evict && tokens_in_blocks(options, row) >= attributes.window - 1;
     if (row.freed > 0 && row.freed % options.block_tokens == 0 && is_hidden) return;
     throw_cache_error(where + ": expected freed tokens in whole blocks that the window of " + text(attributes.window) +
                       " hides, got " + text(row.freed) + " of " + RowLength(options, row).shown());

@@ -93,8 +93,9 @@ Held Step::held(const SdpaAttributes& asked) const {
 void Step::note(const SdpaAttributes& attributes, int64_t given, Slot after) {
     const std::lock_guard lock(mutex_);
     const int64_t index = attributes.slot;
-    const auto [window, is_first] = windows_.try_emplace(index, attributes.window);
-    if (!is_first && window->second != attributes.window) window->second.reset();
+    const int64_t frees = attributes.evict ? attributes.window : 0;
+    const auto [window, is_first] = windows_.try_emplace(index, frees);
+    if (!is_first && window->second != frees) window->second.reset();
     if (given > 0) {
         if (!attributes.row.is_cross()) {
             if (pending_.contains(index)) refuse_slot(index, "expected new tokens once per step, got them twice");
@@ -125,9 +126,9 @@ std::vector<int64_t> Step::final_lengths() const {
     return lengths;
 }
 
-bool Step::shows_one_window(int64_t slot, int64_t window) const {
-    const auto found = windows_.find(slot);
-    return found != windows_.end() && found->second == window;
+bool Step::evicts(const SdpaAttributes& slot) const {
+    const auto found = windows_.find(slot.slot);
+    return slot.evict && found != windows_.end() && found->second == slot.window;
 }
 
 Slots Step::changes(std::size_t place, const std::vector<int64_t>& lengths) {
@@ -144,7 +145,7 @@ Slots Step::changes(std::size_t place, const std::vector<int64_t>& lengths) {
     for (const auto& [index, slot] : cache.state.slots) changed.try_emplace(index, slot);
     for (auto& [index, slot] : changed) {
         if (slot.attributes->row.is_cross()) continue;
-        const bool is_freed = shows_one_window(index, slot.attributes->window);
+        const bool is_freed = evicts(*slot.attributes);
         for (std::size_t b = 0; b < lengths.size(); ++b) {
             const int64_t tokens = slot.rows.empty() ? 0 : slot.rows[b].tokens();
             if (tokens != lengths[b]) {

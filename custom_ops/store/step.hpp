@@ -65,12 +65,13 @@ private:
     std::vector<int64_t> final_lengths() const;
     // What changes of the cache at `place` of the step.
     Slots changes(std::size_t place, const std::vector<int64_t>& lengths);
-    bool shows_one_window(int64_t slot, int64_t window) const;
+    // Whether the slot drops what its window hides: all its nodes have that window, and evict.
+    bool evicts(const SdpaAttributes& slot) const;
     [[noreturn]] void refuse_slot(int64_t slot, const std::string& what) const;
 
     mutable std::mutex mutex_;
     Slots pending_;
-    std::map<int64_t, std::optional<int64_t>> windows_;  // of the nodes of a slot; none where they differ
+    std::map<int64_t, std::optional<int64_t>> windows_;  // that the nodes of a slot evict by; none where they differ
     std::optional<int64_t> padded_;                      // the most new tokens of a row, as the nodes get them
     int64_t nodes_done_ = 0;
     std::optional<std::string> error_;

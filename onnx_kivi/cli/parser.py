@@ -33,6 +33,46 @@ INTERRUPTED = 130
 TERMINATED = 143
 
 
+def _whole(least: int, most: int) -> Callable[[str], int]:
+    """The type of an option that takes an integer in this range."""
+
+    def read(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            value = least - 1
+        if not least <= value <= most:
+            raise argparse.ArgumentTypeError(f"expected an integer from {least} to {most}, got {text!r}")
+        return value
+
+    return read
+
+
+def _real(least: float, most: float) -> Callable[[str], float]:
+    """The type of an option that takes a number in this range."""
+
+    def read(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        if not least <= value <= most:
+            raise argparse.ArgumentTypeError(f"expected a number from {least:g} to {most:g}, got {text!r}")
+        return value
+
+    return read
+
+
+COUNT = _whole(0, 1 << 20)
+TOKENS = _whole(1, 1 << 20)
+WINDOW = _whole(2, 1 << 20)
+SPAN = _whole(2, 1 << 24)
+FEW = _whole(1, 1024)
+CONTEXT = _whole(1, 1 << 24)
+SIZE = _whole(1, 1 << 16)
+SEED = _whole(0, (1 << 63) - 1)
+
+
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         self.exit(BAD_INPUT, f"{self.prog}: {message}; see {self.prog} --help\n")
@@ -52,9 +92,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return INTERRUPTED
     except Exception as error:
-        if args.debug or not (isinstance(error, KiviError | OSError) or _is_onnxruntimes(error)):
+        if args.debug or not (isinstance(error, KiviError | OSError | MemoryError) or _is_onnxruntimes(error)):
             raise
-        print(f"onnx-kivi {args.command}: {' '.join(str(error).split())}", file=sys.stderr)
+        reason = f"out of memory: {error}" if isinstance(error, MemoryError) else str(error)
+        print(f"onnx-kivi {args.command}: {' '.join(reason.split())}", file=sys.stderr)
         return BAD_INPUT
 
 
@@ -134,11 +175,11 @@ def _rewrite(parser: argparse.ArgumentParser) -> None:
 def _verify(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("original", metavar="ORIGINAL")
     parser.add_argument("rewritten", metavar="REWRITTEN")
-    parser.add_argument("--prompt", type=int, metavar="N", help="tokens of the prefill (default: enough to seal)")
-    parser.add_argument("--steps", type=int, default=4, metavar="N", help="single tokens after it (default 4)")
-    parser.add_argument("--batch", type=int, default=2, metavar="N", help="rows (default 2)")
-    parser.add_argument("--seed", type=int, default=0, metavar="N")
-    parser.add_argument("--tolerance", type=float, metavar="X", help="of the logits' range, at 32 bits")
+    parser.add_argument("--prompt", type=TOKENS, metavar="N", help="tokens of the prefill (default: enough to seal)")
+    parser.add_argument("--steps", type=TOKENS, default=4, metavar="N", help="single tokens after it (default 4)")
+    parser.add_argument("--batch", type=FEW, default=2, metavar="N", help="rows (default 2)")
+    parser.add_argument("--seed", type=SEED, default=0, metavar="N")
+    parser.add_argument("--tolerance", type=_real(0, 1), metavar="X", help="of the logits' range, at 32 bits")
 
 
 def _generate(parser: argparse.ArgumentParser) -> None:
@@ -146,10 +187,10 @@ def _generate(parser: argparse.ArgumentParser) -> None:
     _tokenizer(parser)
     parser.add_argument("--prompt", required=True, metavar="TEXT")
     parser.add_argument("--chat", action="store_true", help="wrap the prompt in the ChatML form of chat models")
-    parser.add_argument("--max-new-tokens", type=int, default=64, metavar="N", help="at most (default 64)")
-    parser.add_argument("--temperature", type=float, default=0.0, metavar="X", help="0 = greedy (default)")
-    parser.add_argument("--top-p", type=float, default=1.0, metavar="X")
-    parser.add_argument("--seed", type=int, metavar="N")
+    parser.add_argument("--max-new-tokens", type=COUNT, default=64, metavar="N", help="at most (default 64)")
+    parser.add_argument("--temperature", type=_real(0, 1000), default=0.0, metavar="X", help="0 = greedy (default)")
+    parser.add_argument("--top-p", type=_real(1e-6, 1), default=1.0, metavar="X")
+    parser.add_argument("--seed", type=SEED, metavar="N")
 
 
 def _ppl(parser: argparse.ArgumentParser) -> None:
@@ -157,25 +198,25 @@ def _ppl(parser: argparse.ArgumentParser) -> None:
     _tokenizer(parser)
     parser.add_argument("--text", metavar="FILE", help="default: the Python documentation that comes with CPython")
     parser.add_argument("--reference", metavar="ORIGINAL", help="also report KL and top-1 agreement against it")
-    parser.add_argument("--window", type=int, default=1024, metavar="N", help="tokens per window (default 1024)")
-    parser.add_argument("--windows", type=int, default=6, metavar="N", help="windows (default 6)")
+    parser.add_argument("--window", type=WINDOW, default=1024, metavar="N", help="tokens per window (default 1024)")
+    parser.add_argument("--windows", type=TOKENS, default=6, metavar="N", help="windows (default 6)")
 
 
 def _bench(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", nargs="+", metavar="MODEL", help="rewritten models; the JSON rows are the first one's")
     parser.add_argument("--reference", metavar="ORIGINAL", help="take turns with this model")
-    parser.add_argument("--context", type=_integers, default=[512, 4096], metavar="N,N", help="default 512,4096")
-    parser.add_argument("--new-tokens", type=int, default=16, metavar="N", help="tokens timed (default 16)")
+    parser.add_argument("--context", type=_contexts, default=[512, 4096], metavar="N,N", help="default 512,4096")
+    parser.add_argument("--new-tokens", type=TOKENS, default=16, metavar="N", help="tokens timed (default 16)")
     parser.add_argument("--plot", metavar="FILE.png", help="draw the curves of all models")
 
 
 def _kernel_bench(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--heads", type=int, default=32, metavar="N", help="query heads (default 32)")
-    parser.add_argument("--kv-heads", type=int, default=8, metavar="N", help="key/value heads (default 8)")
-    parser.add_argument("--head-size", type=int, default=128, metavar="N", help="channels of a head (default 128)")
-    parser.add_argument("--context", type=int, default=16384, metavar="N", help="tokens in the cache (default 16384)")
+    parser.add_argument("--heads", type=SIZE, default=32, metavar="N", help="query heads (default 32)")
+    parser.add_argument("--kv-heads", type=SIZE, default=8, metavar="N", help="key/value heads (default 8)")
+    parser.add_argument("--head-size", type=SIZE, default=128, metavar="N", help="channels of a head (default 128)")
+    parser.add_argument("--context", type=SPAN, default=16384, metavar="N", help="tokens held (default 16384)")
     parser.add_argument("--bits", type=int, default=8, choices=BITS, help="of our cache (default 8)")
-    parser.add_argument("--threads", type=int, default=1, metavar="N", help="of every contender (default 1)")
+    parser.add_argument("--threads", type=FEW, default=1, metavar="N", help="of every contender (default 1)")
 
 
 def _host_bench(parser: argparse.ArgumentParser) -> None:
@@ -184,14 +225,11 @@ def _host_bench(parser: argparse.ArgumentParser) -> None:
 
 def _demo(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--bits", type=int, default=8, choices=BITS, help="of the cache (default 8)")
-    parser.add_argument("--max-new-tokens", type=int, default=48, metavar="N", help="of the answers (default 48)")
+    parser.add_argument("--max-new-tokens", type=TOKENS, default=48, metavar="N", help="of the answers (default 48)")
 
 
-def _integers(text: str) -> list[int]:
-    try:
-        return [int(part) for part in text.split(",")]
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"expected integers such as 512,4096, got {text!r}") from None
+def _contexts(text: str) -> list[int]:
+    return [CONTEXT(part) for part in text.split(",")]
 
 
 def _finite(value: Any) -> Any:

@@ -1,28 +1,44 @@
 """Reading, indexing, understanding and writing ONNX graphs; the only part that imports onnx and onnx_graphsurgeon."""
 
-from .edit import Edit, apply, fingerprint, set_attribute
+from .build import Builder, FreeNames, HashedNames, Names, NewConstant, NewNode, NewPart, Number
+from .edit import Changes, apply, set_attribute
+from .elements import BOOL, ELEMENT_CODES, FLOATS, INTEGERS, element_name
 from .files import load, save
+from .fingerprint import fingerprint
 from .schemas import register_schemas
-from .symbolic.dims import Dim, substitute, symbol
-from .symbolic.einsum import read_equation
+from .symbolic.dims import Dim, TooComplexError, divide, substitute, symbol
+from .symbolic.einsum import Labels, read_equation
+from .symbolic.shape_rules import OPEN_END
 from .symbolic.shapes import Shape, Shapes, Source, infer_shapes
 from .text import parse_model
-from .view import BOOL, FLOATS, INTEGERS, Array, Graph, Model, Node, element_name
+from .view import Graph, Model, Node
 
 __all__ = [
     "BOOL",
+    "ELEMENT_CODES",
     "FLOATS",
     "INTEGERS",
-    "Array",
+    "OPEN_END",
+    "Builder",
+    "Changes",
     "Dim",
-    "Edit",
+    "FreeNames",
     "Graph",
+    "HashedNames",
+    "Labels",
     "Model",
+    "Names",
+    "NewConstant",
+    "NewNode",
+    "NewPart",
     "Node",
+    "Number",
     "Shape",
     "Shapes",
     "Source",
+    "TooComplexError",
     "apply",
+    "divide",
     "element_name",
     "fingerprint",
     "infer_shapes",

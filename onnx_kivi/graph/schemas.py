@@ -7,8 +7,7 @@ from onnx import defs
 
 from ..spec import DOMAIN, OPS, OPSET_VERSION
 from ..spec_types import OpSpec
-
-TYPES = {"float": onnx.TensorProto.FLOAT, "int64": onnx.TensorProto.INT64}
+from .elements import ELEMENT_CODES
 
 
 def register_schemas() -> None:
@@ -49,7 +48,7 @@ def _infer(op: OpSpec, context: onnx.shape_inference.InferenceContext) -> None:
         for letter, dim in zip(spec.shape, given.tensor_type.shape.dim, strict=False):
             letters.setdefault(letter, dim)
     for i, spec in enumerate(op.outputs):
-        proto = onnx.helper.make_tensor_type_proto(TYPES[spec.element], [None] * len(spec.shape))
+        proto = onnx.helper.make_tensor_type_proto(ELEMENT_CODES[spec.element], [None] * len(spec.shape))
         for letter, dim in zip(spec.shape, proto.tensor_type.shape.dim, strict=True):
             if letter.isdigit():
                 dim.dim_value = int(letter)

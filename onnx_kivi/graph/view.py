@@ -13,23 +13,16 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import onnx
 from onnx import numpy_helper
 
+from ..arrays import Array
 from ..errors import UnsupportedModelError
 
 Model = onnx.ModelProto
-Array = npt.NDArray[Any]
 
-BOOL: int = onnx.TensorProto.BOOL
-INTEGERS: frozenset[int] = frozenset({onnx.TensorProto.INT64, onnx.TensorProto.INT32})
-FLOATS: Mapping[int, str] = {
-    onnx.TensorProto.FLOAT: "float",
-    onnx.TensorProto.FLOAT16: "float16",
-    onnx.TensorProto.BFLOAT16: "bfloat16",
-}
 MAX_CONSTANT = 1 << 22
+MAX_RANK = 32
 INITIALIZERS_ARE_CONSTANT_FROM_IR = 4
 
 
@@ -153,11 +146,6 @@ def _check(node: Node, opset: int) -> None:
             )
 
 
-def element_name(info: onnx.ValueInfoProto) -> str:
-    """Name of a float input's element type, "" for other types."""
-    return FLOATS.get(info.type.tensor_type.elem_type, "")
-
-
 def subgraphs(proto: onnx.NodeProto) -> Iterator[onnx.GraphProto]:
     """The graphs in a node's attributes."""
     for a in proto.attribute:
@@ -176,9 +164,15 @@ def _captured(proto: onnx.NodeProto) -> Iterator[str]:
         yield from (o.name for o in graph.output if o.name not in local)
 
 
+def elements(tensor: onnx.TensorProto) -> int | None:
+    """How many elements a tensor has; None for dimensions that no array has."""
+    dims = tensor.dims
+    return None if len(dims) > MAX_RANK or any(d < 0 for d in dims) else math.prod(dims)
+
+
 def _array(tensor: onnx.TensorProto) -> Array | None:
-    external = tensor.data_location == onnx.TensorProto.EXTERNAL
-    if external or any(d < 0 for d in tensor.dims) or math.prod(tensor.dims) > MAX_CONSTANT:
+    count = None if tensor.data_location == onnx.TensorProto.EXTERNAL else elements(tensor)
+    if count is None or count > MAX_CONSTANT:
         return None
     try:
         return np.asarray(numpy_helper.to_array(tensor))

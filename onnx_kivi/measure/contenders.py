@@ -13,11 +13,12 @@ import numpy as np
 import onnxruntime as ort
 
 from ..graph import parse_model
+from ..naming import is_past_name, present_of
 from ..run.session import taking_turns
 
 
 @dataclass(frozen=True, slots=True)
-class Shape:
+class AttentionSize:
     """What is attended: query heads, key/value heads, head size, and the tokens in the cache."""
 
     heads: int
@@ -49,7 +50,9 @@ def layers_for(layer_bytes: int, total_bytes: int) -> int:
 class GraphContender:
     """An onnxruntime session of a one-layer graph, with `layers` sets of caches."""
 
-    def __init__(self, name: str, graph: str, shape: Shape, layer_bytes: int, total_bytes: int, threads: int) -> None:
+    def __init__(
+        self, name: str, graph: str, shape: AttentionSize, layer_bytes: int, total_bytes: int, threads: int
+    ) -> None:
         self.name = name
         self.layer_bytes = layer_bytes
         options = taking_turns()
@@ -61,13 +64,13 @@ class GraphContender:
         """See Contender."""
         self._session.run_with_iobinding(self._bindings[turn % len(self._bindings)])
 
-    def _bind(self, shape: Shape, seed: int) -> Any:
-        """Random caches; an output present_X shares the buffer of past_X where their shapes are equal."""
+    def _bind(self, shape: AttentionSize, seed: int) -> Any:
+        """Random caches; an output present_X shares the buffer of past_X where their sizes are equal."""
         random = np.random.default_rng(seed)
         binding = self._session.io_binding()
         shared = {}
         for i in self._session.get_inputs():
-            if i.name.startswith("past_"):
+            if is_past_name(i.name):
                 values = random.integers(-100, 100, i.shape, np.int8)
                 kind = {"tensor(float)": np.float32, "tensor(int8)": np.int8, "tensor(uint8)": np.uint8}[i.type]
                 shared[i.name] = ort.OrtValue.ortvalue_from_numpy(values.astype(kind))
@@ -77,8 +80,10 @@ class GraphContender:
                 binding.bind_cpu_input(i.name, np.full(i.shape, last, np.int32))
             else:
                 binding.bind_cpu_input(i.name, random.standard_normal(i.shape, np.float32) / 100)
+        outputs = [o.name for o in self._session.get_outputs()]
+        carried = {present_of(name, outputs): past for name, past in shared.items()}
         for o in self._session.get_outputs():
-            past = shared.get(o.name.replace("present_", "past_"))
+            past = carried.get(o.name)
             if past is not None and past.shape() == o.shape:
                 binding.bind_ortvalue_output(o.name, past)
             else:
@@ -86,7 +91,7 @@ class GraphContender:
         return binding
 
 
-def concat(shape: Shape, total_bytes: int, threads: int) -> GraphContender:
+def concat(shape: AttentionSize, total_bytes: int, threads: int) -> GraphContender:
     """Concat, repeat_kv and MatMul, as optimum and torch export it."""
     H, K, D, P = shape.heads, shape.kv_heads, shape.head_size, shape.context - 1
     T = shape.context
@@ -114,7 +119,7 @@ def concat(shape: Shape, total_bytes: int, threads: int) -> GraphContender:
     return GraphContender("concat", graph, shape, shape.dense_bytes, total_bytes, threads)
 
 
-def group_query_attention(shape: Shape, total_bytes: int, threads: int, bits: int) -> GraphContender:
+def group_query_attention(shape: AttentionSize, total_bytes: int, threads: int, bits: int) -> GraphContender:
     """GroupQueryAttention on a shared buffer; bits 32, 8 or 4 (static symmetric scales, per channel)."""
     H, K, D, T = shape.heads, shape.kv_heads, shape.head_size, shape.context
     element = {32: "float", 8: "int8", 4: "uint8"}[bits]

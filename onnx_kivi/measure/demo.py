@@ -5,10 +5,8 @@ question about a document long enough that most of its cache is sealed; original
 from __future__ import annotations
 
 import dataclasses
-import tempfile
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any
 
@@ -19,13 +17,13 @@ from .. import graph
 from ..config import KiviConfig
 from ..errors import ConfigError
 from ..progress import Progress, silent
-from ..rewrite.inspector import inspect
-from ..rewrite.rewriter import rewrite
+from ..rewrite.pipeline import inspect, rewrite
 from ..run.generate import generate
 from ..run.session import Session, open_model
 from ..run.stepper import Stepper
 from ..run.tokenizer import Tokenizer
 from ..spec import DENSE_BITS
+from ..staging import staging_folder
 from .verify import Verification, verify
 
 CONTEXT_TOKENS = 1100
@@ -89,11 +87,11 @@ def run(*, bits: int = 8, max_new_tokens: int = 48, progress: Progress = silent)
     report = inspect(built.model)
     tokenizer = Tokenizer.load(built.tokenizer)
     prompt = tokenizer.encode(smollm2.chat_prompt(QUESTION, document_about(TOPIC, tokenizer)))
-    with tempfile.TemporaryDirectory(dir=built.model.parent, prefix=".demo-") as folder:
+    with staging_folder(built.model) as folder:
         progress("rewriting", 0.0)
         checks, paths = [], []
         for b in (DENSE_BITS, bits):
-            paths.append(Path(folder) / f"{b}-bit.onnx")
+            paths.append(folder / f"{b}-bit.onnx")
             graph.save(rewrite(built.model, KiviConfig(k_bits=b, v_bits=b))[0], paths[-1], temporary=True)
             checks.append(verify(built.model, paths[-1], report=report, progress=progress))
         progress("generating with both models", 0.0)

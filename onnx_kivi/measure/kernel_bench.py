@@ -17,13 +17,14 @@ from typing import Any
 
 import numpy as np
 
+from ..arrays import FloatArray
 from ..errors import BackendUnavailableError, ConfigError
 from ..progress import Progress, silent
-from ..runtime.backend import Backend, FloatArray
+from ..runtime.backend import Backend
 from ..runtime.hosts import describe, limit_threads
 from ..runtime.select import get_backend
 from ..spec import COMMITTED_LENGTH, DENSE_BITS, SdpaAttributes, StepAttributes
-from .contenders import Contender, Shape, concat, group_query_attention, layers_for
+from .contenders import AttentionSize, Contender, concat, group_query_attention, layers_for
 
 LAST_LEVEL_CACHE = 32 << 20
 CACHE_FACTOR = 4
@@ -47,7 +48,7 @@ class KernelBench:
 class BackendContender:
     """A backend's whole op (attend, append, seal), on as many layers as slots of one cache."""
 
-    def __init__(self, backend: Backend, shape: Shape, bits: int, total_bytes: int) -> None:
+    def __init__(self, backend: Backend, shape: AttentionSize, bits: int, total_bytes: int) -> None:
         self.name = f"onnx_kivi_{backend.name}"
         layers = layers_for(shape.dense_bytes * bits // DENSE_BITS, total_bytes)
         self._backend, self._handle = backend, backend.new_cache()
@@ -122,7 +123,7 @@ def kernel_bench(
             "heads, kv-heads, head-size, context, threads: expected positive integers, context at least 2 and heads "
             f"a multiple of kv-heads, got {heads}, {kv_heads}, {head_size}, {context}, {threads}"
         )
-    shape = Shape(heads, kv_heads, head_size, context)
+    shape = AttentionSize(heads, kv_heads, head_size, context)
     total = CACHE_FACTOR * last_level_cache_bytes()
     limit_threads(threads)
     progress("filling caches", 0.0)

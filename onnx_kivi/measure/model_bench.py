@@ -21,6 +21,7 @@ from ..run.stepper import Stepper
 from ..runtime.backend import CacheState
 from ..runtime.cache import Cache
 from ..spec import COMMITTED_LENGTH
+from ..staging import check_target, staged
 from .synthetic import synthetic_stepper
 
 FILL_TOKENS = 4096
@@ -76,6 +77,7 @@ def check_plot(path: str | os.PathLike[str]) -> None:
     file, kinds = Path(path), FigureCanvasBase.get_supported_filetypes()
     if file.suffix.removeprefix(".") not in kinds:
         raise ConfigError(f"--plot: expected a file that ends in one of {', '.join(kinds)}, got {file}")
+    check_target(file)
     if not os.access(file.parent, os.W_OK):
         raise ConfigError(f"--plot: expected a folder that can be written to, got {file.parent}")
 
@@ -104,7 +106,8 @@ def plot(curves: Mapping[str, Sequence[Row]], path: str | os.PathLike[str]) -> N
         axes.set(xlabel="tokens of context", title=title, ylim=(0, None))
         axes.grid(alpha=0.3)
         axes.legend()
-    figure.savefig(path, dpi=120)
+    with staged(Path(path)) as file:
+        figure.savefig(file, dpi=120, format=Path(path).suffix.removeprefix("."))
 
 
 def _template(session: Session) -> CacheState:

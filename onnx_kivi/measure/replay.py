@@ -7,9 +7,9 @@ import os
 from collections.abc import Iterable
 
 import numpy as np
-import numpy.typing as npt
 import onnxruntime as ort
 
+from ..arrays import FloatArray, IntArray
 from ..errors import UnsupportedModelError
 from ..rewrite.report import Report
 from ..run.session import Session, open_model, quiet_options
@@ -18,9 +18,6 @@ from ..run.stepper import Stepper
 from ..runtime.cache import Cache
 from .perplexity import log_softmax
 from .synthetic import ENCODER_TOKENS, synthetic_stepper
-
-FloatArray = npt.NDArray[np.float32]
-IntArray = npt.NDArray[np.int64]
 
 FATAL = 4
 PAD = 3
@@ -90,7 +87,7 @@ class Reference:
         self._facts = report.cache_facts
         self._encoder_tokens = encoder_tokens
         session = open_model(path, _silent_options())
-        pads_right = any(site.family == "gqa" for site in report.sites)
+        pads_right = any(site.pads_right for site in report.sites)
         has_mask = any(i.name == "attention_mask" for i in session.get_inputs())
         vocabulary = Signature(session).vocabulary or VOCABULARY
         self._runs: list[tuple[Tokens, FloatArray]] = []

@@ -9,26 +9,26 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ..errors import ConfigError
-from ..graph import Graph, load, save
+from ..graph import load, save
+from ..own_nodes import read_own_nodes
+from ..paths import model_path
 from ..progress import Progress, silent
-from ..rewrite.inspector import inspect
+from ..rewrite.pipeline import dense, inspect
 from ..rewrite.report import Report
-from ..rewrite.rewriter import dense
 from ..run.generate import check_seed
 from ..run.session import NotRewrittenError
-from ..spec import CROSS, DENSE_BITS, DOMAIN, QUANTIZED_KV_SDPA, QUANTIZED_KV_SDPA_V2, SdpaAttributes
+from ..spec import CROSS, DENSE_BITS, QUANTIZED_KV_SDPA, SdpaAttributes
+from ..staging import staging_folder
 from .replay import Divergence, Reference
 from .synthetic import ENCODER_TOKENS
 
 DENSE_PROMPTS = (24, 8)
-ATTENTION = [f"{DOMAIN}.{op.name}" for op in (QUANTIZED_KV_SDPA, QUANTIZED_KV_SDPA_V2)]
 # Rounding: ten times what onnxruntime's own optimizations change, within (floor, ceiling) of the logits' range.
 ROUNDING = {"float": (1e-4, 1e-3), "float16": (5e-3, 2e-2), "bfloat16": (2e-2, 1e-1)}
 # Inside a model that rounds activations to 8 bits, a last bit of difference can move one by a whole step of 1/127.
@@ -99,6 +99,8 @@ def verify(
         if value is not None and value < 1:
             raise ConfigError(f"{name}: expected an integer >= 1, got {value}")
     check_seed(seed)
+    if tolerance is not None and not (np.isfinite(tolerance) and tolerance >= 0):
+        raise ConfigError(f"tolerance: expected a number >= 0, got {tolerance}")
     slots = _slots(rewritten)
     report = report or inspect(original, cross=any(a.kind == CROSS for a in slots))
     quantized = [a for a in slots if min(a.k_bits, a.v_bits) < DENSE_BITS]
@@ -110,9 +112,9 @@ def verify(
         progress("verify: running the rewritten model", 0.6)
         scores = reference.compare(rewritten)
         return _judge(scores, scores, limit, None)
-    with tempfile.TemporaryDirectory(dir=Path(rewritten).parent, prefix=".kivi-verify-") as folder:
+    with staging_folder(Path(rewritten)) as folder:
         progress("verify: running its 32-bit sibling", 0.4)
-        sibling = Path(folder) / "model.onnx"
+        sibling = folder / "model.onnx"
         save(dense(load(rewritten)), sibling, temporary=True)
         exact = reference.compare(sibling)
     progress("verify: running the rewritten model", 0.7)
@@ -147,17 +149,13 @@ def _judge(exact: Divergence, actual: Divergence, tolerance: float, bits: int | 
 
 def _slots(rewritten: str | os.PathLike[str]) -> list[SdpaAttributes]:
     """The attributes of the nodes, read without a run, of which an original may not be capable either."""
-    nodes = [node for node in Graph(load(rewritten)).nodes if node.op in ATTENTION]
-    if not nodes:
+    nodes = read_own_nodes(model_path(rewritten))
+    if nodes is None:
         raise NotRewrittenError(
             f"{rewritten}: expected a rewritten model, with {QUANTIZED_KV_SDPA.name} nodes, got one without; run "
             "onnx-kivi rewrite on it first"
         )
-    names = [spec.name for spec in QUANTIZED_KV_SDPA_V2.attributes]
-    return [
-        SdpaAttributes.from_wire({name: node.attr(name) for name in names if node.attr(name) is not None})
-        for node in nodes
-    ]
+    return [*nodes.slots]
 
 
 def _prompts(slots: list[SdpaAttributes], prompt: int | None) -> list[int]:

@@ -1,20 +1,19 @@
-"""What a family sees of a model: the graph, its shapes, and the caches found in it.
+"""The caches of a model: float graph inputs whose data is joined with new tokens along one axis.
 
-A cache is a float graph input whose data is joined with new tokens along one axis: by a Concat whose first part it
-is, or inside a node that takes past and gives present (the `Port`s that families declare). On demand it is also one
-that is named like a cache and never changes, as an encoder's keys and values: of kind `cross`.
+That happens in a Concat whose first part it is, or inside a node that takes past and gives present: the `Port`s that
+families declare. On demand a cache is also an input that is named like one and never changes, as an encoder's keys and
+values: of kind `cross`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
-from functools import cached_property
 
-from ..graph import FLOATS, Graph, Node, Shape, Shapes, element_name, infer_shapes, symbol
+from ..graph import Graph, Node, element_name
+from ..naming import is_cache_name
 from ..spec import CROSS, SELF
 
-PAST_LENGTH = "onnx_kivi.past_length"
 PASSES_ON = ("Identity", "Cast")
 ENDS_A_CACHE = (
     "MatMul",
@@ -27,13 +26,16 @@ ENDS_A_CACHE = (
 )
 TOKENS_AXIS = 2
 
+Order = tuple[int, ...]
+
 
 @dataclass(frozen=True, slots=True)
 class Port:
     """An operator that joins past and new itself: index of the past input, of the present output, the tokens' axis.
 
-    new: index of the input that is just the new tokens, if one is. fixed: whether the past is a buffer that has its
-    full size from the start; or the name of the attribute that says so.
+    axis: of the cache input, whatever Transpose lies between. new: index of the input that is just the new tokens, if
+    one is. fixed: whether the past is a buffer that has its full size from the start; or the name of the attribute
+    that says so.
     """
 
     past: int
@@ -47,13 +49,17 @@ class Port:
         return bool(node.attr(self.fixed, 0)) if isinstance(self.fixed, str) else self.fixed
 
 
+Ports = Mapping[str, tuple[Port, ...]]
+
+
 @dataclass(frozen=True, slots=True)
 class CacheTensor:
     """One cache tensor: `joined` holds past and new along `axis`; `new` is "" if the joining node has it inside.
 
     output: the graph output that returns it, "" if none does. nodes: indices of the nodes from `input` to `joined`
-    and on to `output`. rank: of the input. fixed: it is a buffer, whose axis is not the past length. kind: `self`, or
-    `cross`, whose `joined` and `new` are the input itself, and whose axis is a length of its own.
+    and on to `output`. axis: of the tokens in `input`. order: the input's axes as they lie in `joined` and in `new`.
+    fixed: it is a buffer, whose axis is not the past length. kind: `self`, or `cross`, whose `joined` and `new` are the
+    input itself, and whose axis is a length of its own.
     """
 
     input: str
@@ -61,117 +67,49 @@ class CacheTensor:
     joined: str
     new: str
     axis: int
-    rank: int
+    order: Order
+    element: str
     nodes: frozenset[int]
     fixed: bool = False
     kind: str = SELF
 
-
-@dataclass(frozen=True)
-class DecoderGraph:
-    """A model as families see it. `caches` is keyed by the joined tensor."""
-
-    graph: Graph
-    shapes: Shapes
-    caches: Mapping[str, CacheTensor]
-
-    def element(self, tensor: str, otherwise: str) -> str:
-        """Name of a tensor's floating type, if it is known."""
-        return FLOATS.get(self.shapes.element(tensor), otherwise)
-
-    @cached_property
-    def unjoined(self) -> tuple[str, ...]:
-        """Float inputs named like a cache that no node joins with new tokens."""
-        joined = {cache.input for cache in self.caches.values()}
-        return tuple(
-            name
-            for name, info in self.graph.inputs.items()
-            if name not in joined and element_name(info) and is_cache_name(self.graph, name)
-        )
-
-    @cached_property
-    def shape_only(self) -> frozenset[int]:
-        """Indices of the nodes whose results are read by nothing but Shape, and by nodes of this kind."""
-        found: set[int] = set()
-        outputs = set(self.graph.outputs)
-        for node in reversed(self.graph.nodes):
-            readers = [reader for name in node.outputs for reader in self.graph.consumers(name)]
-            idle = all(reader.op == "Shape" or reader.index in found for reader in readers)
-            if readers and idle and not outputs.intersection(node.outputs):
-                found.add(node.index)
-        return frozenset(found)
+    @property
+    def new_axis(self) -> int:
+        """The axis of the tokens in `joined` and in `new`."""
+        return self.order.index(self.axis)
 
 
-def read_decoder(
-    graph: Graph, ports: Mapping[str, tuple[Port, ...]], other: Collection[str] = (), *, cross: bool = False
-) -> DecoderGraph:
-    """Find the caches of a graph, those of kind `cross` on demand, and infer its shapes.
+@dataclass(frozen=True, slots=True)
+class _Path:
+    """A tensor that is a graph input passed on by nodes, its axes perhaps in another order."""
 
-    All caches of kind `self` have one past length, but for the `other` ones.
-    """
-    caches = tuple(_caches(graph, ports))
-    if cross:
-        caches += tuple(_constant_caches(graph, {cache.input for cache in caches}))
-    past: dict[str, Shape] = {}
-    for cache in caches:
-        sizes = graph.inputs[cache.input].type.tensor_type.shape.dim
-        past[cache.input] = tuple(
-            symbol(PAST_LENGTH)
-            if i == cache.axis and not cache.fixed and cache.kind == SELF and cache.input not in other
-            else d.dim_value
-            if d.HasField("dim_value")
-            else symbol(d.dim_param or f"{cache.input}[{i}]")
-            for i, d in enumerate(sizes)
-        )
-    return DecoderGraph(graph, infer_shapes(graph, past), {cache.joined: cache for cache in caches})
+    input: str
+    tensor: str
+    order: Order
+    nodes: tuple[int, ...] = ()
 
-
-def _caches(graph: Graph, ports: Mapping[str, tuple[Port, ...]]) -> Iterator[CacheTensor]:
-    for name, info in graph.inputs.items():
-        rank = len(info.type.tensor_type.shape.dim)
-        if not element_name(info) or rank < 3:
-            continue
-        joined = _join(graph, name, rank, ports)
-        if joined is not None:
-            yield joined
-
-
-def _join(graph: Graph, name: str, rank: int, ports: Mapping[str, tuple[Port, ...]]) -> CacheTensor | None:
-    tensor, nodes = name, []
-    while True:
-        readers = [n for n in graph.consumers(tensor) if n.op != "Shape"]
-        if len(readers) != 1:
-            return None
-        (node,) = readers
-        nodes.append(node.index)
-        if node.op in PASSES_ON or (node.op == "Concat" and len(node.inputs) == 1):
-            tensor = node.outputs[0]
-            continue
-        if node.op == "Concat" and len(node.inputs) == 2 and node.inputs[0] == tensor != node.inputs[1]:
-            if is_cache_name(graph, node.inputs[1]):
+    def through(self, node: Node) -> _Path | None:
+        """The path through a node that only passes on; None for other nodes."""
+        order = self.order
+        if node.op == "Transpose":
+            perm = node.attr("perm", [*range(len(order))][::-1])
+            if sorted(perm) != sorted(order):
                 return None
-            axis = node.attr("axis", 0) % rank
-            output, more = _returned(graph, node.outputs[0])
-            return CacheTensor(name, output, node.outputs[0], node.inputs[1], axis, rank, frozenset((*nodes, *more)))
-        for port in ports.get(node.op, ()):
-            joined = node.outputs[port.present] if len(node.outputs) > port.present else ""
-            if node.input(port.past) == tensor and joined:
-                new = "" if port.new is None else node.input(port.new)
-                output, more = _returned(graph, joined)
-                path = frozenset((*(nodes if new else nodes[:-1]), *more))
-                return CacheTensor(name, output, joined, new, port.axis, rank, path, port.is_fixed(node))
-        return None
+            order = tuple(order[axis] for axis in perm)
+        elif node.op not in PASSES_ON and not (node.op == "Concat" and len(node.inputs) == 1):
+            return None
+        return _Path(self.input, node.outputs[0], order, (*self.nodes, node.index))
+
+    @property
+    def is_straight(self) -> bool:
+        """Whether the axes lie as in the input."""
+        return self.order == tuple(sorted(self.order))
 
 
-def _constant_caches(graph: Graph, joined: Collection[str]) -> Iterator[CacheTensor]:
-    for name, info in graph.inputs.items():
-        sizes = info.type.tensor_type.shape.dim
-        unjoined = name not in joined and is_cache_name(graph, name) and element_name(info)
-        if unjoined and len(sizes) == 4 and not grows(graph, name):
-            dynamic = [axis for axis, size in enumerate(sizes) if axis and not size.HasField("dim_value")]
-            axis = dynamic[0] if len(dynamic) == 1 else TOKENS_AXIS
-            output, nodes = _returned(graph, name)
-            yield CacheTensor(name, output, name, name, axis, len(sizes), frozenset(nodes), kind=CROSS)
+def find_caches(graph: Graph, ports: Ports, *, cross: bool = False) -> tuple[CacheTensor, ...]:
+    """The caches of a graph, those of kind `cross` on demand."""
+    found = tuple(cache for name in graph.inputs if (cache := _joined(graph, name, ports)) is not None)
+    return (*found, *_constant_caches(graph, {cache.input for cache in found})) if cross else found
 
 
 def grows(graph: Graph, name: str) -> bool:
@@ -188,23 +126,95 @@ def grows(graph: Graph, name: str) -> bool:
     return False
 
 
-def _returned(graph: Graph, joined: str) -> tuple[str, list[int]]:
-    """The graph output that is `joined`, and the nodes between that only pass it on."""
-    if joined in graph.outputs:
-        return joined, []
-    for node in graph.consumers(joined):
-        if node.op in PASSES_ON:
-            output, nodes = _returned(graph, node.outputs[0])
-            if output:
-                return output, [node.index, *nodes]
-    return "", []
+def unjoined(graph: Graph, caches: Collection[CacheTensor]) -> tuple[str, ...]:
+    """Float inputs named like a cache that are none."""
+    names = {cache.input for cache in caches}
+    return tuple(
+        name for name, info in graph.inputs.items() if name not in names and element_name(info) and is_cache_name(name)
+    )
 
 
-def is_cache_name(graph: Graph, tensor: str) -> bool:
-    """Whether a tensor is a graph input that is named like a cache."""
-    return tensor in graph.inputs and tensor.startswith(("past", "cache"))
+def _joined(graph: Graph, name: str, ports: Ports) -> CacheTensor | None:
+    """The cache that an input is; None if no node joins it with new tokens."""
+    info = graph.inputs[name]
+    rank = len(info.type.tensor_type.shape.dim)
+    if not element_name(info) or rank < 3:
+        return None
+    path = _Path(name, name, tuple(range(rank)))
+    while (node := _only_reader(graph, path.tensor)) is not None:
+        onward = path.through(node)
+        if onward is None:
+            return _by_concat(graph, path, node) if node.op == "Concat" else _by_port(graph, path, node, ports)
+        path = onward
+    return None
 
 
-def is_float_cast(shapes: Shapes, node: Node) -> bool:
-    """Whether a Cast goes from one floating type to another."""
-    return node.op == "Cast" and shapes.element(node.inputs[0]) in FLOATS and node.attr("to") in FLOATS
+def _only_reader(graph: Graph, tensor: str) -> Node | None:
+    """The one node that reads a tensor's data."""
+    readers = [reader for reader in graph.consumers(tensor) if reader.op != "Shape"]
+    return readers[0] if len(readers) == 1 else None
+
+
+def _by_concat(graph: Graph, path: _Path, node: Node) -> CacheTensor | None:
+    """The cache whose tokens a Concat puts first, before what is no other cache."""
+    if len(node.inputs) != 2 or node.inputs[0] != path.tensor or node.inputs[1] == path.tensor:
+        return None
+    new, joined = node.inputs[1], node.outputs[0]
+    if new in graph.inputs and is_cache_name(new):
+        return None
+    axis = path.order[node.attr("axis", 0) % len(path.order)]
+    return _cache(graph, _Path(path.input, joined, path.order, (*path.nodes, node.index)), new, axis)
+
+
+def _by_port(graph: Graph, path: _Path, node: Node, ports: Ports) -> CacheTensor | None:
+    """The cache that a node joins by one of its operator's ports; those with the new tokens inside read it as it is."""
+    for port in ports.get(node.op, ()):
+        joined = node.outputs[port.present] if len(node.outputs) > port.present else ""
+        if node.input(port.past) != path.tensor or not joined:
+            continue
+        new = "" if port.new is None else node.input(port.new)
+        if new or path.is_straight:
+            nodes = (*path.nodes, node.index) if new else path.nodes
+            return _cache(
+                graph, _Path(path.input, joined, path.order, nodes), new, port.axis, fixed=port.is_fixed(node)
+            )
+    return None
+
+
+def _cache(graph: Graph, joined: _Path, new: str, axis: int, *, fixed: bool = False, kind: str = SELF) -> CacheTensor:
+    """The cache that is joined at the end of a path."""
+    returned = _returned(graph, joined)
+    return CacheTensor(
+        input=joined.input,
+        output="" if returned is None else returned.tensor,
+        joined=joined.tensor,
+        new=new,
+        axis=axis,
+        order=joined.order,
+        element=element_name(graph.inputs[joined.input]),
+        nodes=frozenset((joined if returned is None else returned).nodes),
+        fixed=fixed,
+        kind=kind,
+    )
+
+
+def _returned(graph: Graph, path: _Path) -> _Path | None:
+    """The path on to a graph output, through nodes that only pass on; None if none leads there."""
+    pending = [path]
+    while pending:
+        path = pending.pop()
+        if path.tensor in graph.outputs and path.is_straight:
+            return path
+        onward = (path.through(node) for node in graph.consumers(path.tensor))
+        pending += [further for further in onward if further is not None][::-1]
+    return None
+
+
+def _constant_caches(graph: Graph, joined: Collection[str]) -> Iterator[CacheTensor]:
+    for name, info in graph.inputs.items():
+        sizes = info.type.tensor_type.shape.dim
+        unjoined = name not in joined and is_cache_name(name) and element_name(info)
+        if unjoined and len(sizes) == 4 and not grows(graph, name):
+            dynamic = [axis for axis, size in enumerate(sizes) if axis and not size.HasField("dim_value")]
+            axis = dynamic[0] if len(dynamic) == 1 else TOKENS_AXIS
+            yield _cache(graph, _Path(name, name, (0, 1, 2, 3)), name, axis, kind=CROSS)

@@ -1,4 +1,4 @@
-"""Nodes that bring tensors from a layout (see `patterns.site`) to (B, H, S, D) or (B, H, S, T), and back.
+"""Nodes that bring tensors from a layout (see `patterns.layouts`) to (B, H, S, D) or (B, H, S, T), and back.
 
 Sizes other than those of heads are read from the tensors: a 0 in a Reshape keeps the axis at its place, so axes are
 split and merged where an axis of size 1 makes room.
@@ -8,59 +8,60 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ..graph import Edit
-from ..patterns.site import SIZE_1, Operand, letters
+from ..graph import Builder
+from ..patterns import Operand
+from ..patterns.layouts import SIZE_1, letters
 
 HEADS, SPLIT_HEADS = "BHS", "BKGS"
 
 
-def heads_first(edit: Edit, tensor: str, layout: str, heads: int, kv_heads: int) -> str:
+def heads_first(builder: Builder, tensor: str, layout: str, heads: int, kv_heads: int) -> str:
     """The tensor as (B, H, S, D), or (B, H, S, T); `heads` is H. Letters that it has not become axes of size 1."""
     axes = [*letters(layout)]
     ones = [i for i, axis in enumerate(axes) if axis == SIZE_1]
     if ones:
-        tensor, axes = edit.squeeze(tensor, *ones), [axis for axis in axes if axis != SIZE_1]
+        tensor, axes = builder.squeeze(tensor, *ones), [axis for axis in axes if axis != SIZE_1]
     sizes = {"H": heads, "K": kv_heads, "G": heads // kv_heads}
     while (i := next((i for i, axis in enumerate(axes) if len(axis) > 1), -1)) >= 0:
-        tensor = _split(edit, tensor, i, len(axes), [sizes.get(letter, -1) for letter in axes[i]])
+        tensor = _split(builder, tensor, i, len(axes), [sizes.get(letter, -1) for letter in axes[i]])
         axes[i : i + 1] = axes[i]
     order = _order("".join(axes))
     present = [letter for letter in order if letter in axes]
     if axes != present:
-        tensor = edit.node("Transpose", [tensor], {"perm": [axes.index(letter) for letter in present]})
+        tensor = builder.node("Transpose", tensor, perm=[axes.index(letter) for letter in present])
     missing = [i for i, letter in enumerate(order) if letter not in axes]
     if missing:
-        tensor = edit.unsqueeze(tensor, *missing)
+        tensor = builder.unsqueeze(tensor, *missing)
     if len(order) == len(HEADS) + 1:
         return tensor
     if {"K", "G"} - {*axes}:
-        tensor = edit.node("Expand", [tensor, edit.ints(1, kv_heads, heads // kv_heads, 1, 1)])
-    return edit.squeeze(edit.node("Reshape", [tensor, edit.ints(0, heads, 1, 0, 0)]), 2)
+        tensor = builder.node("Expand", tensor, builder.ints(1, kv_heads, heads // kv_heads, 1, 1))
+    return builder.squeeze(builder.node("Reshape", tensor, builder.ints(0, heads, 1, 0, 0)), 2)
 
 
-def laid_out(edit: Edit, tensor: str, operand: Operand, heads: int, kv_heads: int) -> None:
+def laid_out(builder: Builder, tensor: str, operand: Operand, heads: int, kv_heads: int) -> None:
     """Give `tensor`, (B, H, S, D), the layout and the name of `operand`."""
     axes, given = letters(operand.layout), tensor
     flat = [letter for axis in axes for letter in axis if letter != SIZE_1]
     order = [*_order("".join(flat))]
     if len(order) > len(HEADS) + 1:
-        split = edit.ints(0, kv_heads, heads // kv_heads, 0, 0)
-        tensor = edit.node("Reshape", [edit.unsqueeze(tensor, 2), split])
+        split = builder.ints(0, kv_heads, heads // kv_heads, 0, 0)
+        tensor = builder.node("Reshape", builder.unsqueeze(tensor, 2), split)
     missing = [i for i, letter in enumerate(order) if letter not in flat]
     if missing:
-        tensor = edit.squeeze(tensor, *missing)
+        tensor = builder.squeeze(tensor, *missing)
     present = [letter for letter in order if letter in flat]
     if present != flat:
-        tensor = edit.node("Transpose", [tensor], {"perm": [present.index(letter) for letter in flat]})
+        tensor = builder.node("Transpose", tensor, perm=[present.index(letter) for letter in flat])
     for i, axis in enumerate(axes):
         if axis == SIZE_1:
-            tensor = edit.unsqueeze(tensor, i)
+            tensor = builder.unsqueeze(tensor, i)
         elif len(axis) > 1:
-            tensor = _merge(edit, tensor, i, len(axis), sum(map(len, axes[i + 1 :])))
+            tensor = _merge(builder, tensor, i, len(axis), sum(map(len, axes[i + 1 :])))
     if tensor == given:
-        edit.node("Identity", [tensor], outputs=[operand.tensor])
+        builder.node("Identity", tensor, output=operand.tensor)
     else:
-        edit.rename_last(operand.tensor)
+        builder.rename_last(operand.tensor)
 
 
 def _order(flat: str) -> str:
@@ -68,16 +69,16 @@ def _order(flat: str) -> str:
     return (SPLIT_HEADS if {"K", "G"} & {*flat} else HEADS) + ("D" if "D" in flat else "T")
 
 
-def _split(edit: Edit, tensor: str, i: int, rank: int, sizes: Sequence[int]) -> str:
+def _split(builder: Builder, tensor: str, i: int, rank: int, sizes: Sequence[int]) -> str:
     """Axis i of `rank` as axes of these sizes, one of which may be -1."""
     if i < rank - 1:
-        tensor = edit.unsqueeze(tensor, *range(i + 1, i + len(sizes)))
-    return edit.node("Reshape", [tensor, edit.ints(*[0] * i, *sizes, *[0] * (rank - 1 - i))])
+        tensor = builder.unsqueeze(tensor, *range(i + 1, i + len(sizes)))
+    return builder.node("Reshape", tensor, builder.ints(*[0] * i, *sizes, *[0] * (rank - 1 - i)))
 
 
-def _merge(edit: Edit, tensor: str, i: int, count: int, after: int) -> str:
+def _merge(builder: Builder, tensor: str, i: int, count: int, after: int) -> str:
     """`count` axes from i on as one, before `after` more."""
     if not after:
-        return edit.node("Reshape", [tensor, edit.ints(*[0] * i, -1)])
-    merged = edit.node("Reshape", [tensor, edit.ints(*[0] * i, -1, *[1] * (count - 1), *[0] * after)])
-    return edit.squeeze(merged, *range(i + 1, i + count))
+        return builder.node("Reshape", tensor, builder.ints(*[0] * i, -1))
+    merged = builder.node("Reshape", tensor, builder.ints(*[0] * i, -1, *[1] * (count - 1), *[0] * after))
+    return builder.squeeze(merged, *range(i + 1, i + count))

@@ -6,9 +6,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..cache_facts import CacheFacts
-from ..patterns import Miss, Site
+from ..patterns import Miss
 from ..spec import CROSS, SELF
 from .savings import CONTEXTS, ENCODER_CONTEXTS, savings
+from .site import Site
 
 
 @dataclass(frozen=True)

@@ -9,12 +9,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ..config import KiviConfig
-from ..patterns import Site
 from ..spec import DENSE_BITS
+from .site import Site
 
 CONTEXTS = (4096, 32768, 131072)
 ENCODER_CONTEXTS = (512, 1500)
-BITS = (8, 4, 2)
+SHOWN_BITS = (8, 4, 2)
 ELEMENT_BYTES = {"float": 4, "float16": 2, "bfloat16": 2}
 PARAMETER_BYTES = 4
 DENSE_BYTES = 4
@@ -63,14 +63,14 @@ def _value_block(bits: int, size: int, config: KiviConfig) -> int:
 
 
 def savings(sites: Sequence[Site], contexts: Sequence[int] = CONTEXTS) -> list[dict[str, int]]:
-    """A row per context: bytes of the original and of the op's cache at each of BITS, else defaults."""
+    """A row per context: bytes of the original and of the op's cache at each of SHOWN_BITS, else defaults."""
     rows = []
     for tokens in contexts:
         original = original_bytes(sites, tokens)
         if not sites or original is None:
             return []
         row = {"tokens": tokens, "original": original}
-        for bits in BITS:
+        for bits in SHOWN_BITS:
             row[f"bits_{bits}"] = cache_bytes(sites, KiviConfig(bits, bits), tokens) or 0
         rows.append(row)
     return rows

@@ -12,10 +12,11 @@ import numpy.typing as npt
 import onnxruntime as ort
 
 from ..errors import CacheError, UnsupportedModelError
+from ..own_nodes import read_own_nodes
 from ..paths import model_path
 from ..runtime.cache import Cache
 from ..runtime.hosts import choose, register, take_error
-from ..spec import HANDLE_INPUT, NEW_LENGTH_INPUT, PAST_LENGTH_INPUT, STORED_TOKENS
+from ..spec import DOMAIN, HANDLE_INPUT, NEW_LENGTH_INPUT, PAST_LENGTH_INPUT, STORED_TOKENS
 from .generate import generate
 from .signature import ELEMENTS
 from .stepper import Stepper
@@ -46,6 +47,11 @@ class Session:
         backend: str = "auto",
     ) -> None:
         options = sess_options if sess_options is not None else quiet_options()
+        if read_own_nodes(model if isinstance(model, bytes) else model_path(model)) is None:
+            raise NotRewrittenError(
+                f"{_name(model)}: expected a rewritten model, with nodes of {DOMAIN}, got one without; run onnx-kivi "
+                "rewrite on it first"
+            )
         self.host, self.backend = choose(host, backend)
         register(options, host=self.host, backend=self.backend.name)
         self._session = open_model(model, options, providers)
@@ -212,7 +218,8 @@ def open_model(
     """An onnxruntime session of any model. Raises UnsupportedModelError if the file is missing or can't be loaded."""
     where = _name(model)
     if not isinstance(model, bytes) and not model_path(model).is_file():
-        raise UnsupportedModelError(f"{where}: expected an ONNX file, got nothing there; check the path")
+        got = "something that is no regular file" if model_path(model).exists() else "nothing there"
+        raise UnsupportedModelError(f"{where}: expected an ONNX file, got {got}; check the path")
     source = model if isinstance(model, bytes) else where
     try:
         return ort.InferenceSession(source, options or quiet_options(), providers or ["CPUExecutionProvider"])

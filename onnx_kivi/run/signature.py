@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from typing import Any
 
 import numpy as np
 
 from ..cache_facts import CacheFacts
 from ..errors import UnsupportedModelError
+from ..naming import is_encoder_name, is_past_name, present_of
 from ..spec import PAST_LENGTH_INPUT, STORED_TOKENS
 
 ELEMENTS: dict[str, Any] = {
@@ -35,9 +35,9 @@ class Signature:
         self.inputs = {i.name: i for i in session.get_inputs()}
         self.outputs = {o.name: o for o in session.get_outputs()}
         paired = self._facts.outputs
-        past = [name for name in self.inputs if name in paired or name.startswith("past")]
+        past = [name for name in self.inputs if name in paired or is_past_name(name)]
         self.present = {
-            name: paired.get(name) or present_name(name, self.outputs) for name in past if name != PAST_LENGTH_INPUT
+            name: paired.get(name) or present_of(name, self.outputs) for name in past if name != PAST_LENGTH_INPUT
         }
         self.stored = {name for name, i in self.inputs.items() if STORED_TOKENS in i.shape}
 
@@ -49,7 +49,7 @@ class Signature:
 
     def is_encoders(self, past: str) -> bool:
         """Whether a past input holds an encoder's keys or values: no token adds to them."""
-        return self.present[past] is None or "encoder" in past or past in self._facts.crossed
+        return self.present[past] is None or is_encoder_name(past) or past in self._facts.crossed
 
     def past_shape(self, name: str, batch: int, tokens: int) -> list[int]:
         """Shape of a past input that holds `tokens` tokens, or of its buffer or state where that has a fixed size."""
@@ -72,14 +72,3 @@ class Signature:
                 f"input {name}: expected a type NumPy can hold, got {kind}; run the model with onnxruntime's io_binding"
             )
         return ELEMENTS[kind]
-
-
-def present_name(past: str, outputs: Collection[str]) -> str | None:
-    """The output that carries the input `past` onward, by the exporters' naming conventions; None if there is none."""
-    candidates = (
-        past.replace("past_key_values", "present"),
-        past.replace("past_key_values", "present_key_values"),
-        past.replace("past", "present"),
-        past.replace("past", "out"),
-    )
-    return next((name for name in candidates if name in outputs), None)

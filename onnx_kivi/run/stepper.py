@@ -11,17 +11,13 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
+from ..arrays import Array, FloatArray, IntArray
 from ..cache_facts import CacheFacts
 from ..errors import ConfigError, UnsupportedModelError
 from ..runtime.cache import Cache
 from ..spec import CONTROL_INPUTS
 from .signature import Signature
-
-Array = npt.NDArray[Any]
-IntArray = npt.NDArray[np.int64]
-FloatArray = npt.NDArray[np.float32]
 
 EMBEDDINGS = "inputs_embeds"
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError, UnsupportedModelError
+from ..paths import read_text
 
 CONFIG_FILES = ("generation_config.json", "config.json", "tokenizer_config.json")
 
@@ -29,7 +30,7 @@ class Tokenizer:
             raise ConfigError("tokenizer: expected the package tokenizers; pip install 'onnx_kivi[demo]'") from None
         path = Path(folder) / "tokenizer.json"
         try:
-            backend = Backend.from_file(str(path))
+            backend = Backend.from_str(read_text(path))
         except Exception as error:
             raise UnsupportedModelError(f"{path}: expected a tokenizers file, got: {error}") from None
         return cls(backend, _stop_tokens(Path(folder), backend))
@@ -52,7 +53,7 @@ def _stop_tokens(folder: Path, backend: Any) -> tuple[int, ...]:
     for name in CONFIG_FILES:
         if not (folder / name).is_file():
             continue
-        found = json.loads((folder / name).read_text(encoding="utf-8"))
+        found = _read_object(folder / name)
         value = found.get("eos_token_id", found.get("eos_token"))
         value = value.get("content") if isinstance(value, dict) else value
         ids = value if isinstance(value, list) else [value]
@@ -60,3 +61,13 @@ def _stop_tokens(folder: Path, backend: Any) -> tuple[int, ...]:
         if any(isinstance(i, int) for i in known):
             return tuple(i for i in known if isinstance(i, int))
     return ()
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(read_text(path))
+    except (OSError, RecursionError, ValueError) as error:
+        raise UnsupportedModelError(f"{path}: expected JSON, got: {error}") from None
+    if not isinstance(found, dict):
+        raise UnsupportedModelError(f"{path}: expected a JSON object, got {type(found).__name__}")
+    return found

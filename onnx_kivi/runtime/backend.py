@@ -11,14 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-import numpy as np
-import numpy.typing as npt
-
+from ..arrays import ByteArray, FloatArray, HalfArray
 from ..spec import SdpaAttributes, StepAttributes
-
-FloatArray = npt.NDArray[np.float32]
-HalfArray = npt.NDArray[np.float16]
-ByteArray = npt.NDArray[np.uint8]
 
 
 @dataclass(frozen=True, slots=True)

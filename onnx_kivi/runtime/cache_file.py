@@ -1,111 +1,90 @@
 """Cache files: a CacheState in one file, the same bytes for the same state, whichever backend held it.
 
-    offset      bytes  content
-    0           8      "KIVIKV" and the format version, u16 little-endian
-    8           8      length of the header, u64 little-endian
-    16          n      header, JSON in UTF-8: step, lengths, slots: [{attributes, rows: [{heads, sizes, segments}]}]
-    16 + n             arrays, little-endian, C order, without padding, in the order in which the header implies them
-    last 32            SHA-256 of everything before it
-
-The attributes are those of the nodes as written in a model. Of a row, the header has the heads, the head sizes, and the
-segments of `spec.SEGMENTS` with their tokens, per sealed block one letter pair: q for codes, d for f32, keys first;
-shapes follow from these (`backend.QuantizedBlock` defines the layout of codes). Version 1 has one length for all rows
-and counts of sinks and residual in the place of segments; it is written wherever it can say what a cache holds.
-Loading trusts nothing: every way in which a file can lie is a CacheError, found before memory is taken for it.
+SPEC.md, "The cache file", is the format; shapes follow from the counts in the header and from the nodes' attributes
+(`backend.QuantizedBlock` defines the layout of codes). Loading trusts nothing: every way in which a file can lie is
+a CacheError, found before memory is taken for it, and a header must say what saving would have written.
 """
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import math
 import os
 import struct
-import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
 
+from ..arrays import FloatArray
 from ..errors import CacheError, KiviError
-from ..spec import DENSE, FREED, SEALED, SINKS, SdpaAttributes, StepAttributes
-from .backend import BlockState, CacheState, DenseState, FloatArray, QuantizedBlock, RowState, SlotState
+from ..paths import open_regular
+from ..spec import DENSE, FORMAT_VERSIONS, FREED, SEALED, SINKS, SdpaAttributes, StepAttributes
+from ..staging import staged
+from .backend import BlockState, CacheState, DenseState, QuantizedBlock, RowState, SlotState
 from .numpy_backend.quantize import group_count, packed_size
 from .state import check_state
 
 MAGIC = b"KIVIKV"
-FORMAT_VERSIONS = (1, 2)
 PREFIX = struct.Struct("<6sHQ")
 DIGEST_BYTES = hashlib.sha256().digest_size
 LARGEST_SIZE = 1 << 32
+LARGEST_HEADER = 1 << 26
 
-Side = QuantizedBlock | FloatArray
+BlockSide = QuantizedBlock | FloatArray
 
 
 def save_state(path: str | os.PathLike[str], state: CacheState) -> None:
-    """Write `state`, under a temporary name until complete. Raises CacheError if the file can't be written."""
+    """Write `state`, under a temporary name until complete. Raises CacheError if the file can't be written.
+
+    A link, a folder or a device in the place of the file is refused; the file's mode is what the umask says.
+    """
     target = Path(path)
     version = _least_version(state)
-    header = json.dumps(_header(state, version), separators=(",", ":"), sort_keys=True).encode()
+    header = _encoded(_header(state, version))
     digest = hashlib.sha256()
-    temporary = None
     try:
-        with tempfile.NamedTemporaryFile(dir=target.parent, prefix=f".{target.name}.", delete=False) as file:
-            temporary = Path(file.name)
+        _check_header_size(len(header))
+        with staged(target) as file:
             for part in (PREFIX.pack(MAGIC, version, len(header)), header, *_payload(state)):
                 digest.update(part)
                 file.write(part)
             file.write(digest.digest())
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(target)
-    except OSError as error:
+    except (OSError, KiviError) as error:
         raise CacheError(f"{target}: expected a place where the cache can be written, got: {error}") from error
-    finally:
-        if temporary is not None:
-            with contextlib.suppress(OSError):
-                temporary.unlink(missing_ok=True)
 
 
 def load_state(path: str | os.PathLike[str]) -> CacheState:
     """Read what save_state wrote. Raises CacheError if the file is missing, damaged, or not what it claims to be."""
     source = Path(path)
     try:
-        data = source.read_bytes()
-    except OSError as error:
-        raise CacheError(f"{source}: expected a cache file, got: {error}") from error
-    try:
-        return _parse(data)
+        with open_regular(source) as file:
+            return _parse(_Reader(file))
     except KiviError as error:
         raise CacheError(f"{source}: {error}") from error
+    except MemoryError:
+        raise CacheError(f"{source}: expected a cache that fits in memory, got a larger one") from None
+    except OSError as error:
+        raise CacheError(f"{source}: expected a cache file, got: {error.strerror or error}") from error
+
+
+def _parse(reader: _Reader) -> CacheState:
+    version, text = _read_header(reader)
+    try:
+        header = json.loads(text.decode())
+        slots = tuple(_slot(reader, slot, version) for slot in header["slots"])
+        lengths = tuple(map(_size, header["lengths"])) if version > 1 else _one_length(_size(header["length"]), slots)
+        step = None if header["step"] is None else StepAttributes.from_wire(header["step"])
+        state = CacheState(step, lengths, slots)
+        same = version == _least_version(state) and _encoded(_header(state, version)) == text
     except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
-        raise CacheError(f"{source}: expected a header that describes a cache, got: {error!r}") from error
-
-
-def _parse(data: bytes) -> CacheState:
-    if len(data) < PREFIX.size + DIGEST_BYTES or not data.startswith(MAGIC):
-        raise CacheError("expected a cache file of onnx_kivi, got something else, or only its beginning")
-    _, version, header_size = PREFIX.unpack_from(data)
-    if version not in FORMAT_VERSIONS:
-        raise CacheError(
-            f"expected format version {' or '.join(map(str, FORMAT_VERSIONS))}, got {version}; load it with the newer "
-            "onnx_kivi that saved it"
-        )
-    if hashlib.sha256(memoryview(data)[:-DIGEST_BYTES]).digest() != data[-DIGEST_BYTES:]:
-        raise CacheError("expected content that agrees with its checksum, got a damaged or truncated file")
-    body = memoryview(data)[PREFIX.size : -DIGEST_BYTES]
-    if header_size > len(body):
-        raise CacheError(f"expected a header of {header_size} bytes, got {len(body)}")
-    header = json.loads(bytes(body[:header_size]))
-    reader = _Reader(body[header_size:])
-    slots = tuple(_slot(reader, slot, version) for slot in header["slots"])
-    lengths = tuple(map(_size, header["lengths"])) if version > 1 else _one_length(_size(header["length"]), slots)
-    step = None if header["step"] is None else StepAttributes.from_wire(header["step"])
-    state = CacheState(step, lengths, slots)
+        raise CacheError(f"expected a header that describes a cache, got {_shown(error)}; it may be damaged") from error
     reader.finish()
+    if not same:
+        raise CacheError("expected the header that saving this cache writes, got one that says it otherwise")
     check_state(state)
     return state
 
@@ -118,27 +97,64 @@ def _one_length(length: int, slots: tuple[SlotState, ...]) -> tuple[int, ...]:
     return (length,) * rows
 
 
-class _Reader:
-    """Takes arrays off the front of the payload, never more than it has."""
+def _shown(error: Exception) -> str:
+    return str(error) if isinstance(error, KiviError) else repr(error)
 
-    def __init__(self, payload: memoryview) -> None:
-        self._payload = payload
-        self._offset = 0
+
+def _read_header(reader: _Reader) -> tuple[int, bytes]:
+    prefix = reader.take(min(PREFIX.size, reader.left), "a header")
+    if len(prefix) < PREFIX.size or not prefix.startswith(MAGIC):
+        raise CacheError("expected a cache file of onnx_kivi, got something else, or only its beginning")
+    _, version, header_size = PREFIX.unpack(prefix)
+    if version not in FORMAT_VERSIONS:
+        raise CacheError(
+            f"expected format version {' or '.join(map(str, FORMAT_VERSIONS))}, got {version}; load it with the newer "
+            "onnx_kivi that saved it"
+        )
+    _check_header_size(header_size)
+    return version, reader.take(header_size, "a header")
+
+
+def _check_header_size(size: int) -> None:
+    if size > LARGEST_HEADER:
+        raise CacheError(f"expected a header of at most {LARGEST_HEADER:,} bytes, got {size:,}; it may be damaged")
+
+
+class _Reader:
+    """Takes bytes off the front of a file, never more than it has, and checks their sum at the end."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self._digest = hashlib.sha256()
+        self.left = max(os.fstat(file.fileno()).st_size - DIGEST_BYTES, 0)
+
+    def take(self, count: int, what: str = "bytes of arrays") -> bytes:
+        """The next `count` bytes."""
+        if count > self.left:
+            raise CacheError(
+                f"expected {count:,} more bytes ({what}), got {self.left:,}: the file is damaged or truncated"
+            )
+        taken = self._file.read(count)
+        self._digest.update(taken)
+        self.left -= count
+        return taken
 
     def array(self, dtype: npt.DTypeLike, *shape: int) -> npt.NDArray[Any]:
         """The next array, as a copy of its own."""
         element = np.dtype(dtype).newbyteorder("<")
-        end = self._offset + element.itemsize * math.prod(shape)
-        if end > len(self._payload):
-            raise CacheError(f"expected {end} bytes of arrays, got {len(self._payload)}")
-        flat = np.frombuffer(self._payload[self._offset : end], element)
-        self._offset = end
+        flat = np.frombuffer(self.take(element.itemsize * math.prod(shape)), element)
         return flat.reshape(shape).astype(dtype)
 
     def finish(self) -> None:
-        """Raise CacheError if anything is left."""
-        if self._offset != len(self._payload):
-            raise CacheError(f"expected {self._offset} bytes of arrays, got {len(self._payload)}")
+        """Raise CacheError if anything is left, or was changed after it was written."""
+        if self.left:
+            raise CacheError(f"expected no more bytes of arrays, got {self.left:,}: the file is damaged")
+        if self._file.read() != self._digest.digest():
+            raise CacheError("expected content that agrees with its checksum, got a damaged or truncated file")
+
+
+def _encoded(header: Any) -> bytes:
+    return json.dumps(header, separators=(",", ":"), sort_keys=True).encode()
 
 
 def _least_version(state: CacheState) -> int:
@@ -178,7 +194,7 @@ def _counts(header: Mapping[str, Any], version: int) -> tuple[int, int, str, int
     return _size(held.get(SINKS, 0)), _size(held.get(FREED, 0)), held.get(SEALED, ""), _size(held.get(DENSE, 0))
 
 
-def _letter(side: Side) -> str:
+def _letter(side: BlockSide) -> str:
     return "q" if isinstance(side, QuantizedBlock) else "d"
 
 
@@ -218,7 +234,7 @@ def _row(reader: _Reader, attributes: SdpaAttributes, header: Mapping[str, Any],
     return RowState(first, freed, blocks, dense(residual))
 
 
-def _key_side(reader: _Reader, attributes: SdpaAttributes, letter: str, heads: int, size: int) -> Side:
+def _key_side(reader: _Reader, attributes: SdpaAttributes, letter: str, heads: int, size: int) -> BlockSide:
     tokens = attributes.block_tokens
     if letter == "d":
         return reader.array(np.float32, heads, tokens, size)
@@ -226,7 +242,7 @@ def _key_side(reader: _Reader, attributes: SdpaAttributes, letter: str, heads: i
     return _quantized(reader, letter, codes, (heads, size))
 
 
-def _value_side(reader: _Reader, attributes: SdpaAttributes, letter: str, heads: int, size: int) -> Side:
+def _value_side(reader: _Reader, attributes: SdpaAttributes, letter: str, heads: int, size: int) -> BlockSide:
     tokens = attributes.block_tokens
     if letter == "d":
         return reader.array(np.float32, heads, tokens, size)

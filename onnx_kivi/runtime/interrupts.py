@@ -1,8 +1,9 @@
-"""Ctrl-C while onnxruntime runs: never inside an op's callback, where an exception would abort the process.
+"""Ctrl-C while the Python host runs: never inside an op's callback, where an exception would abort the process.
 
 A signal that arrives while onnxruntime computes is handled at the next Python bytecode, which is the first of some
 op's callback, outside any try block that could be put there. So the handler looks where it is: inside a callback it
-only takes note, lets the op fail in an orderly way (`check`), and delivers the signal again a little later.
+only takes note, lets the op fail in an orderly way (`check`), and delivers the signal again a little later. (The native
+host notices by itself: custom_ops/threads/interrupts.hpp.)
 """
 
 from __future__ import annotations

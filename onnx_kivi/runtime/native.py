@@ -17,9 +17,10 @@ from typing import Any
 import onnxruntime as ort
 
 from .. import _native
+from ..arrays import FloatArray
 from ..errors import CacheError, ConfigError, KiviError, SpecMismatchError
 from ..spec import ALL_NEW, SdpaAttributes, StepAttributes
-from .backend import BlockState, CacheState, DenseState, FloatArray, QuantizedBlock, RowState, SlotState
+from .backend import BlockState, CacheState, DenseState, QuantizedBlock, RowState, SlotState
 
 MOST_ATTRIBUTES = 4096
 

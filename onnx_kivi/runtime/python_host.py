@@ -22,6 +22,7 @@ import onnxruntime as ort
 from onnxruntime_extensions import PyCustomOpDef, get_library_path, onnx_op
 from onnxruntime_extensions import _ocos as hook
 
+from ..arrays import FloatArray, IntArray
 from ..errors import CacheError, KiviError
 from ..spec import (
     ALL_NEW,
@@ -37,11 +38,9 @@ from ..spec import (
     StepAttributes,
 )
 from ..spec_types import OpSpec
-from .backend import Backend, FloatArray, is_native, ticket_handle
+from .backend import Backend, is_native, ticket_handle
 from .interrupts import InterruptGuard
 from .select import get_backend
-
-IntArray = npt.NDArray[np.int64]
 
 MOST_PLAUSIBLE_LENGTH = 1 << 20
 ELEMENTS = {"float": PyCustomOpDef.dt_float, "int64": PyCustomOpDef.dt_int64}

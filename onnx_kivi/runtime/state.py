@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 
+from ..arrays import FloatArray
 from ..errors import CacheError
 from ..spec import DENSE_BITS, SELF, SdpaAttributes
 from ..spec_types import MAX_SIZE
-from .backend import BlockState, CacheState, FloatArray, QuantizedBlock, RowState, SlotState
+from .backend import BlockState, CacheState, QuantizedBlock, RowState, SlotState
 from .numpy_backend.quantize import SMALLEST_SCALE, group_count, packed_size
 from .numpy_backend.rows import row_length
 
@@ -42,7 +43,7 @@ def _check_slot(where: str, slot: SlotState, lengths: tuple[int, ...]) -> None:
 
 def _check_freed(where: str, attributes: SdpaAttributes, row: RowState, held: int) -> None:
     end = row.sinks.tokens + row.freed
-    hidden = attributes.window and attributes.kind == SELF and end <= held - attributes.window + 1
+    hidden = attributes.evict and end <= held - attributes.window + 1
     if row.freed and (row.freed < 0 or row.freed % attributes.block_tokens or not hidden):
         raise CacheError(
             f"{where}: expected freed tokens in whole blocks that the window of {attributes.window} hides, got "

@@ -12,7 +12,7 @@ import onnx
 import pytest
 
 from onnx_kivi.cli.parser import main
-from onnx_kivi.rewrite import inspector, rewriter
+from onnx_kivi.rewrite import pipeline
 from onnx_kivi.runtime.hosts import describe
 from zoo import MODELS
 
@@ -78,13 +78,12 @@ def test_rewrite_verifies_and_writes(tiny: Path, tmp_path: Path, run: Run) -> No
 def test_rewrite_examines_the_model_once(tiny: Path, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
 
-    def counted(model: onnx.ModelProto, *, cross: bool = False) -> inspector.Findings:
+    def counted(model: onnx.ModelProto, *, cross: bool = False) -> pipeline.Findings:
         seen.append(model)
         return examine(model, cross=cross)
 
-    examine = inspector.examine
-    for module in (inspector, rewriter):
-        monkeypatch.setattr(module, "examine", counted)
+    examine = pipeline.examine
+    monkeypatch.setattr(pipeline, "examine", counted)
     assert json_of(run("rewrite", tiny, "-o", tmp_path / "small.onnx", *SMALL, "--json"))["verify"]["ok"]
     assert len(seen) == 1
 
@@ -192,10 +191,10 @@ def old_file(tmp_path: Path) -> Path:
     [
         (("--bits", 5), "k_bits: expected one of 2, 4, 8, 32, got 5"),
         (("--k-bits", 3), "k_bits: expected one of 2, 4, 8, 32, got 3"),
-        (("--block-tokens", 0), "block_tokens: expected an integer from 1 to"),
-        (("--residual", -1), "residual_length: expected an integer from 0 to"),
-        (("--sinks", -1), "sink_length: expected an integer from 0 to"),
-        (("--v-group-size", -2), "v_group_size: expected an integer from 0 to"),
+        (("--block-tokens", 0), "block_tokens: expected an integer from 1 to 1024, got 0"),
+        (("--residual", -1), "residual_length: expected an integer from 0 to 1048576, got -1"),
+        (("--sinks", -1), "sink_length: expected an integer from 0 to 65536, got -1"),
+        (("--v-group-size", -2), "v_group_size: expected an integer from 0 to 1048576, got -2"),
         (("--layer-bits", "0-8"), "layer bits: expected LAYERS:BITS"),
         (("--bits", "many"), "invalid int value"),
     ],

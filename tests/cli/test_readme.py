@@ -5,16 +5,19 @@ from __future__ import annotations
 import re
 import shutil
 from pathlib import Path
+from typing import Any
+
+import pytest
 
 README = Path(__file__).parents[2] / "README.md"
 SELF_CONTAINED = 3
 
 
-def test_the_examples_run(tiny, tmp_path, monkeypatch):
+def test_the_examples_run(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     examples = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
     shutil.copy(tiny, tmp_path / "model.onnx")
     monkeypatch.chdir(tmp_path)
-    names: dict[str, object] = {}
+    names: dict[str, Any] = {}
     for example in examples[:SELF_CONTAINED]:
         exec(compile(example, README.name, "exec"), names)
     assert names["draft"].length == 4

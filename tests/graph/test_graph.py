@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -75,8 +76,8 @@ def test_inferred_shapes_are_the_real_ones(name: str) -> None:
     sizes = {"B": BATCH, "S": 3, "P": 4, "T": 7}
     for info in model.graph.input:
         if info.name.startswith("past"):
-            shape = [sizes.get(d.dim_param, d.dim_value) for d in info.type.tensor_type.shape.dim]
-            new[info.name] = np.zeros(shape, np.float32)
+            dims_of = [sizes.get(d.dim_param, d.dim_value) for d in info.type.tensor_type.shape.dim]
+            new[info.name] = np.zeros(dims_of, np.float32)
     real = dict(zip(names, ReferenceEvaluator(model).run(None, new), strict=True))
     for tensor, array in real.items():
         shape = shapes.shape(tensor)
@@ -195,7 +196,7 @@ def test_weights_are_copied_where_links_are_impossible(tmp_path: Path, monkeypat
 
     path, content = external_model(tmp_path / "a")
     (tmp_path / "b").mkdir()
-    monkeypatch.setattr(files.os, "link", no_link)
+    monkeypatch.setattr("os.link", no_link)
     graph.save(graph.load(path), tmp_path / "b" / "out.onnx", temporary=True)
     assert (tmp_path / "b" / "weights" / "data.bin").read_bytes() == content
 
@@ -276,7 +277,7 @@ def test_an_old_file_survives_a_failed_save(tmp_path: Path, monkeypatch: pytest.
 
     out = tmp_path / "out.onnx"
     out.write_bytes(b"old")
-    monkeypatch.setattr(Path, "write_bytes", full)
+    monkeypatch.setattr("os.fsync", full)
     with pytest.raises(OSError, match="No space"):
         graph.save(decoder(), out)
     assert out.read_bytes() == b"old"
@@ -291,10 +292,10 @@ def test_schemas_say_what_the_spec_says() -> None:
         assert [i.name for i in schema.inputs] == [t.name for t in op.inputs]
         assert [o.name for o in schema.outputs] == [t.name for t in op.outputs]
         assert schema.attributes.keys() == {a.name for a in op.attributes}
-    node = onnx.helper.make_node(
-        "QuantizedKvSdpa", list("qkvmhs"), ["o"], domain="onnx_kivi", **SdpaAttributes(slot=0).to_wire()
-    )
-    types = {n: onnx.helper.make_tensor_type_proto(1, s) for n, s in (("q", ["B", 4, "S", 8]), ("v", ["B", 2, "S", 5]))}
+    wire: dict[str, Any] = SdpaAttributes(slot=0).to_wire()
+    node = onnx.helper.make_node("QuantizedKvSdpa", list("qkvmhs"), ["o"], domain="onnx_kivi", **wire)
+    shapes: dict[str, list[str | int | None]] = {"q": ["B", 4, "S", 8], "v": ["B", 2, "S", 5]}
+    types = {n: onnx.helper.make_tensor_type_proto(1, s) for n, s in shapes.items()}
     types |= {n: onnx.helper.make_tensor_type_proto(1, None) for n in "km"} | {
         "h": onnx.helper.make_tensor_type_proto(1, [0])
     }

@@ -72,8 +72,8 @@ def test_what_a_node_may_have_is_said() -> None:
 @pytest.mark.parametrize(
     "tensor",
     [
-        helper.make_tensor("strange", TensorProto.STRING, [2], [b"a", b"b"]),
-        helper.make_tensor("strange", TensorProto.COMPLEX64, [1], [1 + 2j]),
+        TensorProto(name="strange", data_type=TensorProto.STRING, dims=[2], string_data=[b"a", b"b"]),
+        TensorProto(name="strange", data_type=TensorProto.COMPLEX64, dims=[1], float_data=[1, 2]),
         helper.make_tensor("strange", TensorProto.FLOAT, [1], [float("inf")]),
         helper.make_tensor("strange", TensorProto.FLOAT, [1], [float("nan")]),
     ],

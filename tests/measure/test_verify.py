@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -104,5 +105,6 @@ def test_nan_logits_fail(tiny: Path, rewritten: Callable[[int], Path], tmp_path:
 
 @pytest.mark.parametrize("name", ["prompt", "steps", "batch"])
 def test_numbers_out_of_range(tiny: Path, rewritten: Callable[[int], Path], name: str) -> None:
+    change: dict[str, Any] = {name: 0}
     with pytest.raises(kivi.ConfigError, match=f"{name}: expected an integer >= 1"):
-        kivi.verify(tiny, rewritten(8), **{name: 0})
+        kivi.verify(tiny, rewritten(8), **change)

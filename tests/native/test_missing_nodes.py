@@ -4,6 +4,8 @@ was stopped is not."""
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,6 +15,7 @@ import pytest
 from onnx import TensorProto, helper
 
 import nodes
+import onnx_kivi as kivi
 from nodes import feeds, model
 from stepping import sdpa, tokens
 
@@ -29,7 +32,7 @@ def session(proto: Any) -> ort.InferenceSession:
     return ort.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
 
 
-def test_the_native_host_says_so_in_its_second_run(rng):
+def test_the_native_host_says_so_in_its_second_run(rng: np.random.Generator) -> None:
     served = session(model([sdpa(0), sdpa(1)], "missing", step_wire={"layers": 5}))
     key = tokens(rng, 9)
     served.run(None, feeds(key, key))
@@ -38,7 +41,9 @@ def test_the_native_host_says_so_in_its_second_run(rng):
 
 
 @pytest.mark.parametrize("backend", ["numpy", "native"])
-def test_the_python_host_says_so_in_its_second_run(rng, backend, caplog):
+def test_the_python_host_says_so_in_its_second_run(
+    rng: np.random.Generator, backend: str, caplog: pytest.LogCaptureFixture
+) -> None:
     served = nodes.session(model([sdpa(0), sdpa(1)], f"missing {backend}", step_wire={"layers": 5}), backend)
     key = tokens(rng, 9)
     assert np.isfinite(served.run(None, feeds(key, key))[1]).all()
@@ -57,7 +62,9 @@ def breakable(model_id: str) -> Any:
     return proto
 
 
-def test_a_first_run_in_which_another_node_failed_is_not_taken_for_one_of_missing_nodes(rng):
+def test_a_first_run_in_which_another_node_failed_is_not_taken_for_one_of_missing_nodes(
+    rng: np.random.Generator,
+) -> None:
     served = session(breakable("breaks"))
     key = tokens(rng, 9)
     right, wrong = np.array(key.shape, np.int64), np.array([7], np.int64)
@@ -70,7 +77,7 @@ def test_a_first_run_in_which_another_node_failed_is_not_taken_for_one_of_missin
     assert served.run(None, feeds(key, key) | {"shape": right})[0].tolist() == [9]
 
 
-def test_the_python_host_runs_again_after_it_has_said_so(rng):
+def test_the_python_host_runs_again_after_it_has_said_so(rng: np.random.Generator) -> None:
     """It can't tell a run that another node ended from one of missing nodes: it says so once."""
     served = nodes.session(breakable("breaks python"), "numpy")
     key = tokens(rng, 9)
@@ -81,7 +88,9 @@ def test_the_python_host_runs_again_after_it_has_said_so(rng):
     assert np.isfinite(served.run(None, feeds(key, key) | {"shape": right})[1]).all()
 
 
-def test_a_session_of_ours_knows_that_its_run_failed(open_session, tmp_path, rng):
+def test_a_session_of_ours_knows_that_its_run_failed(
+    open_session: Callable[[Path], kivi.Session], tmp_path: Path, rng: np.random.Generator
+) -> None:
     onnx.save(breakable("breaks session"), tmp_path / "model.onnx")
     served = open_session(tmp_path / "model.onnx")
     key = tokens(rng, 9)

@@ -33,7 +33,7 @@ def symbols(*arguments: str) -> list[tuple[str, str]]:
 
 
 @pytest.mark.skipif(shutil.which("nm") is None, reason="no nm here")
-def test_the_library_knows_nothing_of_python_and_exports_its_entry_points():
+def test_the_library_knows_nothing_of_python_and_exports_its_entry_points() -> None:
     found = symbols("-D", native.library_path())
     assert not [name for _, name in found if name.startswith(("Py", "_Py"))]
     exported = {name for kind, name in found if kind == "T"}
@@ -47,7 +47,7 @@ def test_the_library_knows_nothing_of_python_and_exports_its_entry_points():
 @needs_compiler
 @pytest.mark.slow
 @pytest.mark.parametrize("level", FLAGS)
-def test_objects_of_an_isa_level_share_no_code_and_run_nothing_at_start(tmp_path, level):
+def test_objects_of_an_isa_level_share_no_code_and_run_nothing_at_start(tmp_path: Path, level: str) -> None:
     """Otherwise a linker could take the AVX-512 copy of a template, or a static initializer run it, for all CPUs."""
     target = tmp_path / "level.o"
     options = ["-std=c++20", "-O3", "-fPIC", "-ffp-contract=off", "-fno-math-errno", "-fvisibility=hidden"]
@@ -79,7 +79,7 @@ int main(void) {
 
 
 @pytest.mark.skipif(shutil.which("gcc") is None, reason="no gcc here")
-def test_a_c_program_uses_the_library(tmp_path):
+def test_a_c_program_uses_the_library(tmp_path: Path) -> None:
     (tmp_path / "main.c").write_text(C_PROGRAM)
     library = Path(native.library_path())
     build = ["gcc", "-std=c99", "-Wall", "-Wextra", "-Werror", f"-I{SOURCE / 'include'}", "main.c", "-o", "main"]
@@ -89,7 +89,7 @@ def test_a_c_program_uses_the_library(tmp_path):
 
 
 @needs_compiler
-def test_our_header_agrees_with_the_official_one(tmp_path, onnxruntime_include):
+def test_our_header_agrees_with_the_official_one(tmp_path: Path, onnxruntime_include: Path) -> None:
     check = SOURCE / "checks" / "ort_abi_check.cpp"
     compiler = ["g++", "-std=c++20", "-fsyntax-only", "-Wall", "-Wextra", "-Werror", f"-I{onnxruntime_include}"]
     subprocess.run([*compiler, check], check=True)
@@ -112,14 +112,16 @@ def test_our_header_agrees_with_the_official_one(tmp_path, onnxruntime_include):
         ("ONNX_KIVI_THREADS", "many", "ONNX_KIVI_THREADS: expected a number from 1 to 1024, got 'many'"),
     ],
 )
-def test_an_environment_that_asks_for_the_impossible_is_refused_at_registration(variable, value, message):
+def test_an_environment_that_asks_for_the_impossible_is_refused_at_registration(
+    variable: str, value: str, message: str
+) -> None:
     code = "import onnxruntime as o; from onnx_kivi.runtime import native; native.register(o.SessionOptions())"
     environment = os.environ | {variable: value}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False)
     assert message in done.stderr
 
 
-def test_an_unknown_isa_is_refused_not_replaced_by_numpy():
+def test_an_unknown_isa_is_refused_not_replaced_by_numpy() -> None:
     environment = os.environ | {"ONNX_KIVI_ISA": "x86_64_v9"}
     command = [sys.executable, "-m", "onnx_kivi", "info"]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
@@ -129,7 +131,7 @@ def test_an_unknown_isa_is_refused_not_replaced_by_numpy():
 
 
 @pytest.mark.parametrize("level", native.isa_levels())
-def test_the_environment_forces_a_level(level):
+def test_the_environment_forces_a_level(level: str) -> None:
     code = "from onnx_kivi.runtime import native; print(native.isa())"
     environment = os.environ | {"ONNX_KIVI_ISA": level}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True)

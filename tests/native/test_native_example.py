@@ -37,7 +37,7 @@ def example(tmp_path_factory: pytest.TempPathFactory, onnxruntime_include: Path)
     return folder / "generate"
 
 
-def test_the_program_generates_what_python_does(example, tmp_path):
+def test_the_program_generates_what_python_does(example: Path, tmp_path: Path) -> None:
     config = kivi.KiviConfig(block_tokens=16, v_group_size=16, residual_length=0, sink_length=2)
     model, _ = kivi.rewrite(tiny_decoder(), config)
     kivi.save(model, tmp_path / "model.onnx")
@@ -56,7 +56,7 @@ def test_the_program_generates_what_python_does(example, tmp_path):
     assert nbytes == session.cache.nbytes
 
 
-def test_the_program_says_what_is_wrong(example, tmp_path):
+def test_the_program_says_what_is_wrong(example: Path, tmp_path: Path) -> None:
     absent = [example, tmp_path / "absent.onnx", native.library_path(), "3", "1"]
     done = subprocess.run(absent, capture_output=True, text=True, check=False, env=os.environ)
     assert done.returncode == 1

@@ -15,6 +15,7 @@ from onnx import TensorProto, helper
 
 from nodes import feeds, model
 from onnx_kivi.errors import CacheError, ConfigError, SpecMismatchError
+from onnx_kivi.runtime.backend import Backend
 from stepping import NOTHING, assert_same, run, sdpa, tokens
 
 native = pytest.importorskip("onnx_kivi.runtime.native", reason="nothing is compiled here", exc_type=ImportError)
@@ -43,7 +44,7 @@ def refusal(served: ort.InferenceSession, inputs: dict[str, Any]) -> Exception:
     with pytest.raises(Exception, match="onnx_kivi") as caught:
         served.run(None, inputs)
     error = native.error_from(caught.value)
-    assert error is not None
+    assert isinstance(error, Exception)
     return error
 
 
@@ -67,7 +68,9 @@ def retyped(proto: onnx.ModelProto, element: int) -> onnx.ModelProto:
     return proto
 
 
-def test_a_session_computes_what_the_backend_does_and_shares_its_caches(backend, rng):
+def test_a_session_computes_what_the_backend_does_and_shares_its_caches(
+    backend: Backend, rng: np.random.Generator
+) -> None:
     nodes = [sdpa(0), sdpa(1, k_bits=4, v_bits=2)]
     served = session(model(nodes, "shared"))
     direct, through = backend.new_cache(), backend.new_cache()
@@ -85,7 +88,7 @@ def test_a_session_computes_what_the_backend_does_and_shares_its_caches(backend,
     backend.close(through)
 
 
-def test_the_default_cache_belongs_to_one_session_and_goes_with_it(rng):
+def test_the_default_cache_belongs_to_one_session_and_goes_with_it(rng: np.random.Generator) -> None:
     """Also of the same model: two sessions do not see each other's tokens."""
     proto = model([sdpa(0)], "default")
     first, second = session(proto), session(proto)
@@ -96,7 +99,7 @@ def test_the_default_cache_belongs_to_one_session_and_goes_with_it(rng):
     assert first.run(None, feeds(key, key))[0].tolist() == [10]
 
 
-def test_optional_inputs_may_be_absent(rng):
+def test_optional_inputs_may_be_absent(rng: np.random.Generator) -> None:
     nodes = [sdpa(0, is_causal=1)]
     full, short = session(model(nodes, "full")), session(without(model(nodes, "short"), "attn_mask", "head_sink"))
     key = tokens(rng, 9)
@@ -106,7 +109,7 @@ def test_optional_inputs_may_be_absent(rng):
 
 
 @pytest.mark.parametrize(("element", "unit"), [(TensorProto.FLOAT16, 2**-11), (TensorProto.BFLOAT16, 2**-8)])
-def test_half_precision_models_need_no_casts(rng, element, unit):
+def test_half_precision_models_need_no_casts(rng: np.random.Generator, element: int, unit: float) -> None:
     """Within one rounding of the output of the f32 model on the rounded inputs: half a unit in the last place."""
     nodes = [sdpa(0), sdpa(1)]
     half, single = session(retyped(model(nodes, "half"), element)), session(model(nodes, "single"))
@@ -144,7 +147,7 @@ def to_bits(value: ort.OrtValue) -> np.ndarray:
     return np.ctypeslib.as_array(raw).reshape(shape).copy()
 
 
-def test_io_binding_reads_and_writes_in_place(rng):
+def test_io_binding_reads_and_writes_in_place(rng: np.random.Generator) -> None:
     nodes = [sdpa(0)]
     bound, plain = session(model(nodes, "bound")), session(model(nodes, "plain"))
     key = tokens(rng, 12)
@@ -158,16 +161,23 @@ def test_io_binding_reads_and_writes_in_place(rng):
     np.testing.assert_array_equal(output, plain.run(None, feeds(key, key))[1])
 
 
-def test_onnxruntime_infers_the_shapes_of_the_nodes():
+def test_onnxruntime_infers_the_shapes_of_the_nodes() -> None:
     proto = model([sdpa(0)], "shapes")
-    for name, dims in {"query": ["B", 8, "S", 6], "key": ["B", 2, "S", 6], "value": ["B", 2, "S", 10]}.items():
+    inputs: dict[str, list[str | int | None]] = {
+        "query": ["B", 8, "S", 6],
+        "key": ["B", 2, "S", 6],
+        "value": ["B", 2, "S", 10],
+    }
+    for name, dims in inputs.items():
         index = [i.name for i in proto.graph.input].index(name)
         proto.graph.input[index].CopyFrom(helper.make_tensor_value_info(name, TensorProto.FLOAT, dims))
     shapes = {o.name: o.shape for o in session(proto).get_outputs()}
     assert shapes == {"past": [1], "out0": ["B", 8, "S", 10]}
 
 
-def test_errors_are_onnxruntimes_own_with_our_message_and_leave_the_cache_as_it_was(backend, rng):
+def test_errors_are_onnxruntimes_own_with_our_message_and_leave_the_cache_as_it_was(
+    backend: Backend, rng: np.random.Generator
+) -> None:
     served = session(model([sdpa(0), sdpa(1)], "errors"))
     other = session(model([sdpa(0)], "another"))
     handle, closed = backend.new_cache(), backend.new_cache()
@@ -219,8 +229,8 @@ def test_errors_are_onnxruntimes_own_with_our_message_and_leave_the_cache_as_it_
     ],
 )
 def test_nodes_of_another_spec_or_with_bad_attributes_are_refused_when_the_model_loads(
-    step_wire, sdpa_wire, kind, message
-):
+    step_wire: dict[str, Any], sdpa_wire: dict[str, Any], kind: type[Exception], message: str
+) -> None:
     with pytest.raises(Exception, match="onnx_kivi") as caught:
         session(model([sdpa(0)], "wire", step_wire=step_wire, sdpa_wire=sdpa_wire))
     error = native.error_from(caught.value)
@@ -228,7 +238,7 @@ def test_nodes_of_another_spec_or_with_bad_attributes_are_refused_when_the_model
     assert message in str(error)
 
 
-def test_a_cancelled_run_leaves_the_cache_usable(backend, rng):
+def test_a_cancelled_run_leaves_the_cache_usable(backend: Backend, rng: np.random.Generator) -> None:
     """Termination is looked at between nodes: the run is given up with a part of the layers done."""
     layers = 40
     served = session(model([sdpa(i) for i in range(layers)], "cancel"))
@@ -259,7 +269,9 @@ def test_a_cancelled_run_leaves_the_cache_usable(backend, rng):
     backend.close(handle)
 
 
-def test_concurrent_runs_on_one_session_with_their_own_handles_do_not_meet(backend, rng):
+def test_concurrent_runs_on_one_session_with_their_own_handles_do_not_meet(
+    backend: Backend, rng: np.random.Generator
+) -> None:
     nodes = [sdpa(0), sdpa(1)]
     served = session(model(nodes, "concurrent"), threads=2)
     data = [tokens(rng, 40) for _ in range(4)]
@@ -281,7 +293,7 @@ def test_concurrent_runs_on_one_session_with_their_own_handles_do_not_meet(backe
         backend.close(alone)
 
 
-def test_two_runs_on_one_handle_end_in_a_clear_error_or_in_order(backend, rng):
+def test_two_runs_on_one_handle_end_in_a_clear_error_or_in_order(backend: Backend, rng: np.random.Generator) -> None:
     served = session(model([sdpa(i) for i in range(6)], "contended"), threads=1)
     handle = backend.new_cache()
     key = tokens(rng, 3)
@@ -305,7 +317,7 @@ def test_two_runs_on_one_handle_end_in_a_clear_error_or_in_order(backend, rng):
 
 
 @pytest.mark.slow
-def test_a_hundred_thousand_steps_leave_memory_flat(backend, rng):
+def test_a_hundred_thousand_steps_leave_memory_flat(backend: Backend, rng: np.random.Generator) -> None:
     """Caches are made, filled past several sealed blocks and closed all along. Resident memory may drift by 8 MiB
     (allocators keep some) after the first tenth; the caches of that many steps would take over 1 GiB."""
     served = session(model([sdpa(0), sdpa(1)], "soak"))

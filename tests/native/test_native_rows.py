@@ -12,8 +12,9 @@ from onnx import TensorProto, helper
 
 from nodes import feeds, model
 from onnx_kivi import spec
-from onnx_kivi.errors import CacheError, ConfigError, SpecMismatchError
+from onnx_kivi.errors import CacheError, ConfigError, KiviError, SpecMismatchError
 from onnx_kivi.runtime.select import get_backend
+from onnx_kivi.spec_types import OpSpec
 from stepping import assert_same, assert_sealed, sdpa, tokens
 
 native = pytest.importorskip("onnx_kivi.runtime.native", reason="nothing is compiled here", exc_type=ImportError)
@@ -42,7 +43,7 @@ def right_aligned(rows: list[np.ndarray], width: int) -> np.ndarray:
     return padded
 
 
-def test_a_ragged_run_over_caches_is_each_of_them_alone(served, rng):
+def test_a_ragged_run_over_caches_is_each_of_them_alone(served: ort.InferenceSession, rng: np.random.Generator) -> None:
     backend = get_backend("native")
     handles = [backend.new_cache() for _ in "abc"]
     for handle, length in zip(handles, (9, 30, 0), strict=True):
@@ -66,11 +67,11 @@ def test_a_ragged_run_over_caches_is_each_of_them_alone(served, rng):
     assert_sealed(backend, handles[1])
 
 
-def test_the_default_cache_takes_rows_of_one_shape_or_of_their_own(rng):
+def test_the_default_cache_takes_rows_of_one_shape_or_of_their_own(rng: np.random.Generator) -> None:
     plain = session(MODEL)
     key = tokens(rng, 6, batch=2)
 
-    def lengths(**control: list[int]) -> list[list[int]]:
+    def lengths(**control: Any) -> list[list[int]]:
         return [output.tolist() for output in plain.run(["past", "rows"], feeds(key, key, **control))]
 
     assert lengths() == [[0], [0]]
@@ -79,7 +80,7 @@ def test_the_default_cache_takes_rows_of_one_shape_or_of_their_own(rng):
     assert lengths() == [[13], [13, 9]]
 
 
-def test_attributes_may_be_left_out(rng):
+def test_attributes_may_be_left_out(rng: np.random.Generator) -> None:
     """But for those that a node of version 2 must have; the others are as the spec says."""
     wire = {a.name: None for a in spec.SdpaAttributes.specs(2) if a.default is not None}
     short = session(
@@ -91,7 +92,9 @@ def test_attributes_may_be_left_out(rng):
         np.testing.assert_array_equal(got, want)
 
 
-def test_what_a_run_refuses_names_the_row_and_leaves_every_cache_as_it_was(served, rng):
+def test_what_a_run_refuses_names_the_row_and_leaves_every_cache_as_it_was(
+    served: ort.InferenceSession, rng: np.random.Generator
+) -> None:
     backend = get_backend("native")
     first, second, closed = (backend.new_cache() for _ in "abc")
     backend.close(closed)
@@ -121,7 +124,7 @@ def test_what_a_run_refuses_names_the_row_and_leaves_every_cache_as_it_was(serve
             assert_same(backend.export_state(handle), state)
 
 
-def test_a_model_that_needs_one_length_says_why(rng):
+def test_a_model_that_needs_one_length_says_why(rng: np.random.Generator) -> None:
     strict = session(model(NODES, "strict", version=2, step_wire={"one_length": "positions count from P"}))
     key = tokens(rng, 4, batch=2)
     strict.run(None, feeds(key, key))
@@ -137,10 +140,12 @@ def test_a_model_that_needs_one_length_says_why(rng):
         ({"dense_element": "float16"}, ConfigError, "float16 is specified but not built yet"),
         ({"window_sinks": 1}, ConfigError, "window_sinks: expected at most sink_length, 1, and a window"),
         ({"spec_version": 3}, SpecMismatchError, "spec_version: expected 1 or 2, got 3"),
-        ({"spec_version": 1}, ConfigError, "attribute window_sinks: expected one of slot, kind"),
+        ({"spec_version": 1}, ConfigError, "attribute evict: expected one of slot, kind"),
     ],
 )
-def test_what_is_not_built_is_refused_when_the_model_loads(wire, kind, message):
+def test_what_is_not_built_is_refused_when_the_model_loads(
+    wire: dict[str, Any], kind: type[KiviError], message: str
+) -> None:
     with pytest.raises(Exception, match="onnx_kivi") as caught:
         session(model(NODES, "unbuilt", version=2, sdpa_wire=wire))
     error = native.error_from(caught.value)
@@ -149,7 +154,7 @@ def test_what_is_not_built_is_refused_when_the_model_loads(wire, kind, message):
 
 
 @pytest.mark.parametrize("op", [op for op in spec.OPS if not op.built], ids=lambda op: op.name)
-def test_ops_that_are_only_specified_are_refused_by_name_when_the_model_loads(op):
+def test_ops_that_are_only_specified_are_refused_by_name_when_the_model_loads(op: OpSpec) -> None:
     elements = {"float": TensorProto.FLOAT, "int64": TensorProto.INT64}
     inputs, outputs = (
         [helper.make_tensor_value_info(f"{role}{i}", elements[t.element], None) for i, t in enumerate(tensors)]
@@ -167,9 +172,9 @@ def test_ops_that_are_only_specified_are_refused_by_name_when_the_model_loads(op
     assert f"{op.name}: expected an op that this version of onnx_kivi serves" in str(error)
 
 
-def test_a_window_frees_the_blocks_that_it_hides(rng):
+def test_a_window_frees_the_blocks_that_it_hides(rng: np.random.Generator) -> None:
     backend, handle = get_backend("native"), get_backend("native").new_cache()
-    node = sdpa(0, window=10, window_sinks=1, residual_length=2, spec_version=2)
+    node = sdpa(0, window=10, evict=1, window_sinks=1, residual_length=2, spec_version=2)
     windowed = session(model([node], "window", version=2))
     for _ in range(20):
         key = tokens(rng, 5)

@@ -4,8 +4,11 @@ refused with the same words."""
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -25,11 +28,11 @@ ATTENTION_TOLERANCE = 5e-3
 
 
 @pytest.mark.parametrize("version", spec_types.VERSIONS)
-def test_the_native_tables_are_those_of_the_spec(version):
-    def rows(attributes):
+def test_the_native_tables_are_those_of_the_spec(version: int) -> None:
+    def rows(attributes: type[spec.StepAttributes | spec.SdpaAttributes]) -> list[tuple[str, str, object]]:
         return [(a.name, a.wire, a.default) for a in attributes.specs(version)]
 
-    def native_rows(specs):
+    def native_rows(specs: list[tuple[str, str, object]]) -> list[tuple[str, str, object]]:
         wired = [
             (name, wire, repr(default) if isinstance(default, float) else default) for name, wire, default in specs
         ]
@@ -58,7 +61,9 @@ class BothStores(RuleBasedStateMachine):
         group=st.integers(0, 5),
         seed=st.integers(0, 2**16),
     )
-    def configure(self, bits, block, residual, sinks, group, seed):
+    def configure(
+        self, bits: tuple[int, int, int, int], block: int, residual: int, sinks: int, group: int, seed: int
+    ) -> None:
         options = {"block_tokens": block, "residual_length": residual, "sink_length": sinks, "v_group_size": group}
         self.nodes = [
             sdpa(0, k_bits=bits[0], v_bits=bits[1], is_causal=1, **options),
@@ -68,7 +73,7 @@ class BothStores(RuleBasedStateMachine):
         self.rng = np.random.default_rng(seed)
         self.pairs = [(self.backends[0].new_cache(), self.backends[1].new_cache())]
 
-    def both(self, pair, call):
+    def both(self, pair: tuple[int, int], call: Callable[[Backend, int], Any]) -> list[Any]:
         """Results of `call(backend, handle)` on both; an error must be the same on both."""
         results = []
         for backend, handle in zip(self.backends, pair, strict=True):
@@ -80,12 +85,12 @@ class BothStores(RuleBasedStateMachine):
             assert results[0] == results[1]
         return results
 
-    def rows(self, pair):
+    def rows(self, pair: tuple[int, int]) -> int:
         state = self.backends[0].export_state(pair[0])
         return max((len(slot.rows) for slot in state.slots), default=0)
 
     @rule(data=st.data(), count=st.integers(1, 14), fresh=st.booleans())
-    def step(self, data, count, fresh):
+    def step(self, data: st.DataObject, count: int, fresh: bool) -> None:
         pair = data.draw(st.sampled_from(self.pairs))
         length = self.backends[0].length(pair[0])
         past_length = data.draw(st.one_of(st.just(-1), st.integers(0, length + 1)))
@@ -97,7 +102,7 @@ class BothStores(RuleBasedStateMachine):
             key[0, 0, 0, 0] = np.nan if data.draw(st.booleans()) else 1e9
         other = tokens(self.rng, count, batch=batch, size=5)
 
-        def call(backend, handle):
+        def call(backend: Backend, handle: int) -> list[npt.NDArray[np.float32]]:
             _, ticket = backend.open_step(handle, past_length, model(3))
             outputs = []
             for i, node in enumerate(self.nodes[:done]):
@@ -116,33 +121,33 @@ class BothStores(RuleBasedStateMachine):
                 np.testing.assert_allclose(a, b, rtol=0, atol=ATTENTION_TOLERANCE)
 
     @rule(data=st.data())
-    def crop(self, data):
+    def crop(self, data: st.DataObject) -> None:
         pair = data.draw(st.sampled_from(self.pairs))
         length = data.draw(st.integers(-1, self.backends[0].length(pair[0]) + 1))
         self.both(pair, lambda backend, handle: backend.crop(handle, length))
 
     @rule(data=st.data())
-    def reset(self, data):
+    def reset(self, data: st.DataObject) -> None:
         pair = data.draw(st.sampled_from(self.pairs))
         if data.draw(st.integers(0, 3)) == 0:
             self.both(pair, lambda backend, handle: backend.reset(handle))
 
     @precondition(lambda self: len(self.pairs) < 4)
     @rule(data=st.data())
-    def fork(self, data):
+    def fork(self, data: st.DataObject) -> None:
         pair = data.draw(st.sampled_from(self.pairs))
         first, second = self.both(pair, lambda backend, handle: backend.fork(handle))
         self.pairs.append((first, second))
 
     @rule(data=st.data())
-    def reorder(self, data):
+    def reorder(self, data: st.DataObject) -> None:
         pair = data.draw(st.sampled_from(self.pairs))
         index = data.draw(st.lists(st.integers(0, max(self.rows(pair), 1) - 1), max_size=3))
         self.both(pair, lambda backend, handle: backend.reorder(handle, index))
 
     @precondition(lambda self: len(self.pairs) < 4)
     @rule(data=st.data())
-    def exchange(self, data):
+    def exchange(self, data: st.DataObject) -> None:
         """Each backend takes over what the other holds."""
         pair = data.draw(st.sampled_from(self.pairs))
         numpy, native = self.backends
@@ -150,7 +155,7 @@ class BothStores(RuleBasedStateMachine):
         self.pairs.append((from_native, native.import_state(numpy.export_state(pair[0]))))
 
     @invariant()
-    def same(self):
+    def same(self) -> None:
         numpy, native = self.backends
         for first, second in self.pairs:
             assert numpy.length(first) == native.length(second)
@@ -158,11 +163,11 @@ class BothStores(RuleBasedStateMachine):
             assert numpy.dense_nbytes(first) == native.dense_nbytes(second)
             assert_same(numpy.export_state(first), native.export_state(second))
 
-    def teardown(self):
+    def teardown(self) -> None:
         for pair in self.pairs:
             self.both(pair, lambda backend, handle: backend.close(handle))
 
 
-def test_the_same_operations_leave_the_same_cache():
+def test_the_same_operations_leave_the_same_cache() -> None:
     BothStores.TestCase.settings = settings(max_examples=60, stateful_step_count=14, deadline=None)
     BothStores.TestCase("runTest").runTest()

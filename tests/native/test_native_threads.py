@@ -9,6 +9,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 
 from stepping import assert_same, run, sdpa, tokens
@@ -18,7 +19,7 @@ native = pytest.importorskip("onnx_kivi.runtime.native", reason="nothing is comp
 NODES = [sdpa(0, block_tokens=16, v_group_size=16), sdpa(1, block_tokens=16, v_group_size=16, is_causal=1)]
 
 
-def test_caches_used_by_several_threads_at_once_hold_and_give_what_each_alone_would():
+def test_caches_used_by_several_threads_at_once_hold_and_give_what_each_alone_would() -> None:
     """With two workers in the pool and calls large enough to share out; whoever finds the pool taken works alone,
     on the same tasks, so the outputs are equal bit for bit."""
     code = """
@@ -35,7 +36,7 @@ def compare() -> None:
     assert native.thread_count() == 3
     data = [tokens(np.random.default_rng(seed), 700, heads=2, size=64) for seed in range(4)]
 
-    def generate(key):
+    def generate(key: npt.NDArray[np.float32]) -> tuple[int, list[list[npt.NDArray[np.float32]]]]:
         handle = backend.new_cache()
         cuts = [0, 600, 601, 602, 690, 700]
         outputs = [run(backend, handle, NODES, key[:, :, a:b], key[:, :, a:b]) for a, b in itertools.pairwise(cuts)]
@@ -52,7 +53,7 @@ def compare() -> None:
                 np.testing.assert_array_equal(a, b)
 
 
-def test_the_child_of_a_fork_goes_on_without_the_threads_it_has_not():
+def test_the_child_of_a_fork_goes_on_without_the_threads_it_has_not() -> None:
     code = """
 import os, warnings
 import numpy as np

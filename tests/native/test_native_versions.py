@@ -6,6 +6,7 @@ import ctypes
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -39,22 +40,22 @@ print(ort.__version__)
 """
 
 
-def test_an_onnxruntime_that_is_too_old_is_refused_in_words():
+def test_an_onnxruntime_that_is_too_old_is_refused_in_words() -> None:
     """The library is shown an OrtApiBase that knows version 16 at most."""
     said: list[str] = []
     create_status = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_int32, ctypes.c_char_p)
 
-    @create_status
     def status(code: int, message: bytes) -> int:
         said.append(f"{code} {message.decode()}")
         return 1
 
-    api = (ctypes.c_void_p * 1)(ctypes.cast(status, ctypes.c_void_p).value)
+    made = create_status(status)
+    api = (ctypes.c_void_p * 1)(ctypes.cast(made, ctypes.c_void_p).value)
     get_api = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_uint32)(
         lambda version: ctypes.addressof(api) if version <= 16 else None
     )
-    get_version = ctypes.CFUNCTYPE(ctypes.c_void_p)(lambda: ctypes.addressof(text))
     text = ctypes.create_string_buffer(b"1.16.3")
+    get_version = ctypes.CFUNCTYPE(ctypes.c_void_p)(lambda: ctypes.addressof(text))
     base = (ctypes.c_void_p * 2)(*(ctypes.cast(f, ctypes.c_void_p).value for f in (get_api, get_version)))
     register = ctypes.CDLL(native.library_path()).RegisterCustomOps
     register.restype = ctypes.c_void_p
@@ -64,11 +65,12 @@ def test_an_onnxruntime_that_is_too_old_is_refused_in_words():
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.version_info >= (3, 13), reason=f"onnxruntime {OLDEST} has no wheel for this Python")
-def test_the_oldest_onnxruntime_that_we_support_computes_the_same(tmp_path):
+def test_the_oldest_onnxruntime_that_we_support_computes_the_same(tmp_path: Path) -> None:
     """Bit for bit: the kernel is ours, and onnxruntime only hands over memory."""
     rng = np.random.default_rng(5)
     (tmp_path / "model.onnx").write_bytes(model([sdpa(0)], "oldest").SerializeToString())
-    np.savez(tmp_path / "feeds.npz", **feeds(tokens(rng, 30), tokens(rng, 30)))
+    inputs: dict[str, Any] = feeds(tokens(rng, 30), tokens(rng, 30))
+    np.savez(tmp_path / "feeds.npz", **inputs)
     packages = tmp_path / "packages"
     pip = [sys.executable, "-m", "pip", "install", "-q", "--target", str(packages)]
     installed = subprocess.run([*pip, f"onnxruntime=={OLDEST}", "numpy<2"], capture_output=True, text=True, check=False)

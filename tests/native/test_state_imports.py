@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -76,7 +77,7 @@ def changed(row: RowState, name: str, array: object) -> RowState:
 
 
 @pytest.mark.parametrize("sizes", [(0, 6, 6), (2, 0, 6), (2, 6, 0), (2, 6, (1 << 16) + 1)])
-def test_heads_and_sizes_are_from_one_to_the_most(state, sizes):
+def test_heads_and_sizes_are_from_one_to_the_most(state: CacheState, sizes: tuple[int, int, int]) -> None:
     row = sized(state.slots[0].rows[0], *sizes)
     assert refusal(with_rows(state, row, row)) == (
         f"cache state, slot 0: expected heads and head sizes from 1 to 65536, got {sizes[0]}, {sizes[1]} and {sizes[2]}"
@@ -85,7 +86,7 @@ def test_heads_and_sizes_are_from_one_to_the_most(state, sizes):
 
 @pytest.mark.parametrize("sizes", [(1, 6, 6), (3, 6, 6), (2, 4, 6), (2, 9, 6), (2, 6, 4), (2, 6, 99)])
 @pytest.mark.parametrize("first", [True, False])
-def test_the_rows_of_a_slot_have_the_same_sizes(state, sizes, first):
+def test_the_rows_of_a_slot_have_the_same_sizes(state: CacheState, sizes: tuple[int, int, int], first: bool) -> None:
     row, other = state.slots[0].rows[0], sized(state.slots[0].rows[0], *sizes)
     assert "slot 0, residual: expected float32 (" in refusal(
         with_rows(state, *((other, row) if first else (row, other)))
@@ -149,12 +150,12 @@ LIES = 35
 
 
 @pytest.mark.parametrize("number", range(LIES))
-def test_a_state_that_contradicts_itself_is_refused_in_the_same_words(state, number):
+def test_a_state_that_contradicts_itself_is_refused_in_the_same_words(state: CacheState, number: int) -> None:
     assert len(lies(state)) == LIES
     assert refusal(lies(state)[number]).startswith("cache state")
 
 
-def test_arrays_of_any_strides_are_taken_for_what_they_show(state):
+def test_arrays_of_any_strides_are_taken_for_what_they_show(state: CacheState) -> None:
     row = state.slots[0].rows[0]
     spread = np.repeat(row.residual.key, 2, axis=2)[:, :, ::2]
     backward = np.flip(np.flip(row.sinks.value, 0).copy(), 0)
@@ -169,7 +170,7 @@ def test_arrays_of_any_strides_are_taken_for_what_they_show(state):
 
 @settings(max_examples=150, deadline=None)
 @given(data=st.data())
-def test_any_change_of_shape_leaves_both_stores_with_the_same_cache_or_the_same_words(data):
+def test_any_change_of_shape_leaves_both_stores_with_the_same_cache_or_the_same_words(data: st.DataObject) -> None:
     """One array of a state gets another shape, or another type: the stores agree, and what they took they hold."""
     backend = get_backend("numpy")
     rng = np.random.default_rng(data.draw(st.integers(0, 99)))
@@ -191,7 +192,7 @@ def test_any_change_of_shape_leaves_both_stores_with_the_same_cache_or_the_same_
         assert_same(first, second)
 
 
-def test_a_file_that_lies_with_a_right_checksum_does_not_end_the_process(state, tmp_path):
+def test_a_file_that_lies_with_a_right_checksum_does_not_end_the_process(state: CacheState, tmp_path: Path) -> None:
     """In a process of its own, because what this guards against is a crash."""
     row = state.slots[0].rows[0]
     small, large = sized(row, 1, 1, 1), sized(row, 4, 40, 40)

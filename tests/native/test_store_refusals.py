@@ -11,7 +11,7 @@ import pytest
 from onnx_kivi.errors import CacheError
 from onnx_kivi.runtime.backend import Backend
 from onnx_kivi.runtime.select import get_backend
-from onnx_kivi.spec import MAX_SIZE
+from onnx_kivi.spec_types import MAX_SIZE
 from stepping import NOTHING, assert_same, assert_sealed, filled, model, run, sdpa, tokens
 
 pytest.importorskip("onnx_kivi._native", reason="nothing is compiled here", exc_type=ImportError)
@@ -28,7 +28,7 @@ def refusal(use: Callable[[Backend], object]) -> str:
     return words[0]
 
 
-def test_nodes_of_different_batches_do_not_commit(rng):
+def test_nodes_of_different_batches_do_not_commit(rng: np.random.Generator) -> None:
     eight, one = tokens(rng, 9, batch=8), tokens(rng, 9)
 
     def use(backend: Backend) -> None:
@@ -44,7 +44,7 @@ def test_nodes_of_different_batches_do_not_commit(rng):
     assert refusal(use) == "cache _: expected as many rows in each slot, got [1, 8]"
 
 
-def test_a_cross_slot_has_as_many_rows_as_the_others(rng):
+def test_a_cross_slot_has_as_many_rows_as_the_others(rng: np.random.Generator) -> None:
     two, three = tokens(rng, 9, batch=2), tokens(rng, 9, batch=3)
 
     def use(backend: Backend) -> None:
@@ -56,7 +56,7 @@ def test_a_cross_slot_has_as_many_rows_as_the_others(rng):
     assert refusal(use) == "cache _: expected as many rows in each slot, got [2, 3]"
 
 
-def test_rows_of_caches_with_other_heads_or_sizes_are_not_one_batch(rng):
+def test_rows_of_caches_with_other_heads_or_sizes_are_not_one_batch(rng: np.random.Generator) -> None:
     def use(backend: Backend, other: np.ndarray) -> None:
         handles, key = [backend.new_cache(), backend.new_cache()], tokens(rng, 9)
         for handle, given in zip(handles, (key, other), strict=True):
@@ -75,7 +75,7 @@ def test_rows_of_caches_with_other_heads_or_sizes_are_not_one_batch(rng):
     assert refusal(lambda backend: use(backend, tokens(rng, 9, heads=3))) == words.format(3, 6, 6)
 
 
-def test_a_slot_that_was_emptied_and_not_filled_again_does_not_commit(rng):
+def test_a_slot_that_was_emptied_and_not_filled_again_does_not_commit(rng: np.random.Generator) -> None:
     key = tokens(rng, 9)
 
     def use(backend: Backend) -> None:
@@ -87,7 +87,7 @@ def test_a_slot_that_was_emptied_and_not_filled_again_does_not_commit(rng):
     assert refusal(use) == "slot 1 of cache _: expected 9 tokens at the end of the step, got 0"
 
 
-def test_rows_are_moved_and_saved_after_batches_were_refused(backend, rng):
+def test_rows_are_moved_and_saved_after_batches_were_refused(backend: Backend, rng: np.random.Generator) -> None:
     nodes = [sdpa(0), sdpa(1)]
     handle = filled(backend, rng, 9, nodes, batch=2)
     before = backend.export_state(handle)
@@ -116,29 +116,30 @@ SHAPES = {"query": (1, 2, 3, 6), "key": (1, 2, 3, 6), "value": (1, 2, 3, 6)}
         ({"value": (1, 2, 3, MAX_SIZE + 1)}, "value: expected Dv from 1"),
     ],
 )
-def test_sizes_are_from_one_to_the_most(changes, message):
+def test_sizes_are_from_one_to_the_most(changes: dict[str, tuple[int, ...]], message: str) -> None:
     shapes = SHAPES | changes
 
     def use(backend: Backend) -> None:
         handle = backend.new_cache()
         _, ticket = backend.open_step(handle, -1, model(1))
         try:
-            backend.attend(ticket, sdpa(0), *(np.zeros(s, np.float32) for s in shapes.values()), NOTHING, NOTHING)
+            query, key, value = (np.zeros(shapes[name], np.float32) for name in SHAPES)
+            backend.attend(ticket, sdpa(0), query, key, value, NOTHING, NOTHING)
         finally:
             assert backend.length(handle) == 0
 
-    name = message.split(":")[0]
+    name = message.split(":", maxsplit=1)[0]
     assert refusal(use) == f"QuantizedKvSdpa, slot 0: {message} to {MAX_SIZE}, got shape {shapes[name]}"
 
 
-def test_the_largest_sizes_are_taken(backend):
+def test_the_largest_sizes_are_taken(backend: Backend) -> None:
     narrow, wide = np.zeros((1, 1, 5, 1), np.float32), np.zeros((1, 1, 5, MAX_SIZE), np.float32)
     handle = backend.new_cache()
     run(backend, handle, [sdpa(0, v_group_size=0)], narrow, wide)
     assert_sealed(backend, handle)
 
 
-def test_a_run_of_which_nodes_are_missing_is_told_at_the_next_step(rng):
+def test_a_run_of_which_nodes_are_missing_is_told_at_the_next_step(rng: np.random.Generator) -> None:
     key = tokens(rng, 9)
 
     def use(backend: Backend) -> None:
@@ -154,7 +155,7 @@ def test_a_run_of_which_nodes_are_missing_is_told_at_the_next_step(rng):
     )
 
 
-def test_after_that_the_cache_takes_whole_runs(backend, rng):
+def test_after_that_the_cache_takes_whole_runs(backend: Backend, rng: np.random.Generator) -> None:
     nodes, key = [sdpa(slot) for slot in range(3)], tokens(rng, 9)
     handle = backend.new_cache()
     _, ticket = backend.open_step(handle, -1, model(3))
@@ -166,7 +167,9 @@ def test_after_that_the_cache_takes_whole_runs(backend, rng):
 
 
 @pytest.mark.parametrize("done", [0, 1])
-def test_a_step_that_was_stopped_is_superseded_in_silence_once_all_nodes_are_known_to_run(backend, rng, done):
+def test_a_step_that_was_stopped_is_superseded_in_silence_once_all_nodes_are_known_to_run(
+    backend: Backend, rng: np.random.Generator, done: int
+) -> None:
     nodes = [sdpa(0), sdpa(1)]
     handle = filled(backend, rng, 9, nodes)
     key = tokens(rng, 2)
@@ -178,7 +181,7 @@ def test_a_step_that_was_stopped_is_superseded_in_silence_once_all_nodes_are_kno
     assert backend.length(handle) == 2
 
 
-def test_a_failed_step_is_not_taken_for_one_of_missing_nodes(backend, rng):
+def test_a_failed_step_is_not_taken_for_one_of_missing_nodes(backend: Backend, rng: np.random.Generator) -> None:
     key, handle = tokens(rng, 9), backend.new_cache()
     for _ in range(3):
         _, ticket = backend.open_step(handle, -1, model(2))

@@ -207,7 +207,10 @@ def test_attention_in_half_precision_over_caches_that_are_not(tmp_path: Path) ->
 
 
 def test_the_lowest_float16_hides_where_scores_are_float16(tmp_path: Path) -> None:
-    lowest = {"inputs": {"mask": "bool[B,1,S,T] seen"}, "mask": "masked = Where(seen, scaled, f(-65504))"}
+    lowest: dict[str, Any] = {
+        "inputs": {"mask": "bool[B,1,S,T] seen"},
+        "mask": "masked = Where(seen, scaled, f(-65504))",
+    }
     assert "at most -9e+08" in kivi.inspect(decoder(**lowest)).misses[0].reason
     for expected, got in replay(half(decoder(**lowest)), tmp_path):
         assert np.abs(got.astype(np.float32) - expected).max() <= HALF_ROUNDING * np.ptp(expected)

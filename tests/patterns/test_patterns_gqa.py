@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from graphs import decoder, feeds, replay
 
 ROUNDING = 2e-6  # sums of at most 16 float32 products of order 1, taken in another order
 HALF_ROUNDING = 2**-10  # a last bit of float16, wherever the kernel rounds
-GONE = dict.fromkeys(
+GONE: dict[str, Any] = dict.fromkeys(
     ("join_key", "join_value", "repeat_key", "repeat_value", "transpose", "product", "scale", "mask", "softmax")
 )
 INPUTS = {
@@ -46,7 +47,7 @@ def gqa(
     attributes: str = "",
     tail: str = "",
     operands: str = "query, key, value",
-    inputs: dict[str, str | None] | None = None,
+    inputs: Mapping[str, str | None] | None = None,
     front: str = "",
     outputs: str = "",
     **more: Any,
@@ -56,7 +57,7 @@ def gqa(
         com.microsoft.GroupQueryAttention<{HEADS}{attributes}>(
         {operands}, past_0_key, past_0_value, seqlens_k, total_length{tail})"""
     return decoder(
-        inputs=INPUTS | (inputs or {}),
+        inputs={**INPUTS, **(inputs or {})},
         outputs=OUTPUTS | more.pop("gives", {}),
         domains=', "com.microsoft": 1',
         values=node,
@@ -180,7 +181,7 @@ def run_ragged(
     rng = np.random.default_rng(0)
     tables = {name: rng.standard_normal((32, 8), np.float32) for name in ("cos", "sin")}
     past = {name: np.zeros((2, 2, 0, 16), np.float32) for name in ("past_0_key", "past_0_value")}
-    results = []
+    results: list[tuple[npt.NDArray[np.float32], npt.NDArray[np.float32], npt.NDArray[np.bool_]]] = []
     for mask, count in zip(masks, lengths, strict=True):
         sizes = {"query": 64, "key": 32, "value": 32}
         new: dict[str, Any] = {n: rng.standard_normal((2, count, s), np.float32) for n, s in sizes.items()}
@@ -278,7 +279,7 @@ def test_a_window_sized_buffer_is_replaced_by_the_whole_cache_and_a_window(tmp_p
 
 def test_the_size_of_a_window_sized_buffer_is_no_past_length() -> None:
     """What reads it gets the buffer's size in the original, which nothing knows once the buffer is gone."""
-    sized = {"front": "sizes = Shape(past_0_key)", "gives": {"sizes": "int64[4] sizes"}}
+    sized: dict[str, Any] = {"front": "sizes = Shape(past_0_key)", "gives": {"sizes": "int64[4] sizes"}}
     report = kivi.inspect(gqa(", local_window_size=4, sliding_window_cache=1", **sized))
     assert any("is known from the cache only" in miss.reason for miss in report.misses), report
     assert not kivi.inspect(gqa(", local_window_size=4", **sized)).misses

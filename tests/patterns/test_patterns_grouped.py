@@ -21,7 +21,7 @@ ROUNDING = 2e-6  # sums of at most 16 float32 products of order 1, taken in anot
 EIGHT_BITS = 0.02  # a step of 1/255 of the range, softened by the softmax
 
 PLAIN = {"repeat_key": "k = Identity(present_0_key)", "repeat_value": "v = Identity(present_0_value)"}
-GROUPED = {
+GROUPED: dict[str, Any] = {
     "repeat_key": "k = Unsqueeze(present_0_key, i(2))",
     "repeat_value": "v = Unsqueeze(present_0_value, i(2))",
     "transpose": "kt = Transpose<perm=[0,1,2,4,3]>(k)",
@@ -200,7 +200,9 @@ def steps_of(model: onnx.ModelProto) -> bool:
 
 @pytest.mark.parametrize("bits", [32, 8])
 @pytest.mark.parametrize("name", SPELLINGS)
-def test_spellings_give_the_original_s_result(name: str, bits: int, tmp_path: Path, monkeypatch: Any) -> None:
+def test_spellings_give_the_original_s_result(
+    name: str, bits: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = decoder(**SPELLINGS[name])
     if not steps_of(model):
         monkeypatch.setattr("graphs.STEPS", (1,) * 10)

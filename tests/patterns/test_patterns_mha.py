@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,8 @@ import onnx_kivi as kivi
 from graphs import decoder, replay
 
 ROUNDING = 2e-6  # sums of at most 16 float32 products of order 1, taken in another order
-GONE = dict.fromkeys(("repeat_key", "repeat_value", "transpose", "product", "scale", "mask", "softmax"))
-INSIDE = GONE | dict.fromkeys(("join_key", "join_value"))
+GONE: dict[str, Any] = dict.fromkeys(("repeat_key", "repeat_value", "transpose", "product", "scale", "mask", "softmax"))
+INSIDE: dict[str, Any] = GONE | dict.fromkeys(("join_key", "join_value"))
 MERGED = {
     "query": "float[B,S,32] query",
     "key": "float[B,S,32] key",
@@ -37,7 +38,7 @@ def mha(
     padding: str = "",
     more: str = "",
     tail: str = "",
-    inputs: dict[str, str | None] | None = None,
+    inputs: Mapping[str, str | None] | None = None,
     outputs: str = "",
     **changes: Any,
 ) -> onnx.ModelProto:
@@ -45,7 +46,7 @@ def mha(
     node = f"""out, present_0_key, present_0_value{outputs} = com.microsoft.MultiHeadAttention<num_heads=4{attributes}>(
         query, key, value, {bias}, {padding}, {more}, past_0_key, past_0_value{tail})"""
     return decoder(
-        inputs=MERGED | (inputs or {}),
+        inputs={**MERGED, **(inputs or {})},
         outputs=RESULTS | changes.pop("gives", {}),
         domains=', "com.microsoft": 1',
         values=node,

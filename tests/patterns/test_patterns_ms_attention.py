@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from graphs import BATCH, decoder, replay
 
 # Queries and keys of 24 products of order 1 each, whose scores reach 100: sums taken in another order.
 ROUNDING = 1e-5
-GONE = dict.fromkeys(
+GONE: dict[str, Any] = dict.fromkeys(
     ["join_key", "join_value", "repeat_key", "repeat_value", "transpose", "product", "scale", "mask", "softmax"],
 )
 NOT_HERE = dict.fromkeys(("query", "key", "value", "mask", "past_key", "past_value"))
@@ -38,7 +39,7 @@ def attention(
     bias: str = "bias",
     mask: str = "",
     tail: str = "",
-    inputs: dict[str, str | None] | None = None,
+    inputs: Mapping[str, str | None] | None = None,
     front: str = "",
     **changes: Any,
 ) -> onnx.ModelProto:
@@ -46,7 +47,7 @@ def attention(
     node = f"""{front} out, present_0 = com.microsoft.Attention<num_heads=4{attributes}>(
         input, weights, {bias}, {mask}, past_0{tail})"""
     return decoder(
-        inputs=NOT_HERE | INPUTS | (inputs or {}),
+        inputs={**NOT_HERE, **INPUTS, **(inputs or {})},
         outputs=OUTPUTS | changes.pop("gives", {}),
         domains=', "com.microsoft": 1',
         values=node,

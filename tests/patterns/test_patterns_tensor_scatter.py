@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import onnx_kivi as kivi
 from graphs import decoder, feeds, replay
 
 ROUNDING = 2e-6  # sums of at most 16 float32 products of order 1, taken in another order
-GONE = dict.fromkeys(("repeat_key", "repeat_value", "transpose", "product", "scale", "mask", "softmax"))
+GONE: dict[str, Any] = dict.fromkeys(("repeat_key", "repeat_value", "transpose", "product", "scale", "mask", "softmax"))
 INPUTS = {
     "mask": None,
     "past_key": "float[B,2,16,8] past_0_key",
@@ -28,8 +29,8 @@ OUTPUTS = {"present_key": "float[B,2,16,8] present_0_key", "present_value": "flo
 def scatter(
     attributes: str = "is_causal=1",
     mask: str = "",
-    inputs: dict[str, str | None] | None = None,
-    outputs: dict[str, str | None] | None = None,
+    inputs: Mapping[str, str | None] | None = None,
+    outputs: Mapping[str, str | None] | None = None,
     front: str = "",
     **lines: str | None,
 ) -> onnx.ModelProto:
@@ -41,7 +42,10 @@ def scatter(
             query, present_0_key, present_0_value, {mask}, , , held)""",
     }
     return decoder(
-        opset=24, inputs=INPUTS | (inputs or {}), outputs=OUTPUTS | (outputs or {}), **(GONE | defaults | lines)
+        opset=24,
+        inputs={**INPUTS, **(inputs or {})},
+        outputs={**OUTPUTS, **(outputs or {})},
+        **(GONE | defaults | lines),
     )
 
 

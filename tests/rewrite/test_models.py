@@ -52,7 +52,8 @@ def oracle(config: DecoderConfig, seed: int, ids_S: Array, key_outlier: float = 
     group = config.heads // config.kv_heads
 
     def norm(x: Array, name: str) -> Array:
-        return x / np.sqrt((x**2).mean(-1, keepdims=True) + config.norm_epsilon) * weight(name, (config.hidden,))
+        y: Array = x / np.sqrt((x**2).mean(-1, keepdims=True) + config.norm_epsilon) * weight(name, (config.hidden,))
+        return y
 
     def project(x: Array, name: str, outputs: int, biased: bool) -> Array:
         y: Array = x @ weight(f"{name}.weight", (x.shape[-1], outputs)).astype(np.float64)
@@ -97,12 +98,12 @@ def oracle(config: DecoderConfig, seed: int, ids_S: Array, key_outlier: float = 
         up = project(h, f"{name}.mlp.up_proj", config.feed_forward, False)
         x = x + project(gate / (1 + np.exp(-gate)) * up, f"{name}.mlp.down_proj", config.hidden, False)
     x = norm(x, "model.norm.weight")
-    head = embedding.T if config.tied_embeddings else weight("lm_head.weight", (config.hidden, config.vocabulary))
-    logits: Array = x @ head
+    final = embedding.T if config.tied_embeddings else weight("lm_head.weight", (config.hidden, config.vocabulary))
+    logits: Array = x @ final
     return logits
 
 
-CONFIGS = {
+CONFIGS: dict[str, dict[str, Any]] = {
     "gqa": {},
     "mha": {"kv_heads": 4},
     "grouped by 4": {"heads": 8, "kv_heads": 2},

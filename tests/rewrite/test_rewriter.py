@@ -11,26 +11,10 @@ import onnxruntime as ort
 import pytest
 
 import onnx_kivi as kivi
-from graphs import BATCH, decoder, feeds, half, replay
+from graphs import BATCH, decoder, feeds, half, replay, two_layers
 
 ROUNDING = 2e-6  # sums of at most 16 float32 products of order 1, taken in another order
 HALF_ROUNDING = 4e-3  # float16 has 11 bits; the original rounds scores, weights and sums to it, the op only its ends
-SECOND_LAYER: dict[str, Any] = {
-    "inputs": {"past_key_1": "float[B,2,P,8] past_1_key", "past_value_1": "float[B,2,P,8] past_1_value"},
-    "outputs": {
-        "out_1": "float[B,2,S,8] out_1",
-        "present_key_1": "float[B,2,T,8] present_1_key",
-        "present_value_1": "float[B,2,T,8] present_1_value",
-    },
-    "guard": """present_1_key = Concat<axis=2>(past_1_key, key) present_1_value = Concat<axis=2>(past_1_value, value)
-        turned = Transpose<perm=[0,1,3,2]>(present_1_key) scores_1 = MatMul(key, turned)
-        weights_1 = Softmax<axis=AXIS>(scores_1) out_1 = MatMul(weights_1, present_1_value)""",
-}
-
-
-def two_layers(axis: int) -> onnx.ModelProto:
-    """The template with a second attention, without a mask and with as many query as key heads."""
-    return decoder(**SECOND_LAYER | {"guard": SECOND_LAYER["guard"].replace("AXIS", str(axis))})
 
 
 def nodes(model: onnx.ModelProto, op: str) -> list[dict[str, Any]]:
@@ -78,11 +62,12 @@ def test_the_rest_survives_as_it_was() -> None:
 
 
 def test_the_same_model_and_configuration_give_the_same_bytes() -> None:
-    def made(original: onnx.ModelProto, **config: int) -> bytes:
-        return kivi.rewrite(original, kivi.KiviConfig(**config))[0].SerializeToString(deterministic=True)
+    def made(original: onnx.ModelProto, **config: Any) -> bytes:
+        model, _ = kivi.rewrite(original, kivi.KiviConfig(**config))
+        return bytes(model.SerializeToString(deterministic=True))
 
     def model_id(content: bytes) -> bytes:
-        return nodes(onnx.load_from_string(content), "KvCacheStep")[0]["model_id"]
+        return bytes(nodes(onnx.load_from_string(content), "KvCacheStep")[0]["model_id"])
 
     assert made(decoder()) == made(decoder())
     others = [decoder(scale="scaled = Mul(scores, f(0.4))"), decoder(opset=17)]
@@ -163,7 +148,7 @@ def test_shapes_of_the_cache_chain_stay_right(name: str, tmp_path: Path) -> None
 
 
 def test_a_batch_size_that_nothing_else_has_is_refused() -> None:
-    rows = {"outputs": {"rows": "int64[1] rows"}, "guard": "rows = Shape<start=0,end=1>(past_0_key)"}
+    rows: dict[str, Any] = {"outputs": {"rows": "int64[1] rows"}, "guard": "rows = Shape<start=0,end=1>(past_0_key)"}
     other = {"past_key": "float[R,2,P,8] past_0_key"}
     assert not kivi.inspect(decoder(**rows, inputs=other)).misses  # Concat makes R the rows of the new key
     with pytest.raises(kivi.UnsupportedModelError, match="known from the cache only; give the axis of another input"):

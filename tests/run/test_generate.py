@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import numpy.typing as npt
 import pytest
@@ -84,6 +86,6 @@ def test_temperature_sharpens() -> None:
         ([1], {"top_p": 1.5}, "top_p"),
     ],
 )
-def test_bad_options_are_refused_at_once(ids: list[int], options: dict[str, float], message: str) -> None:
+def test_bad_options_are_refused_at_once(ids: list[int], options: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         generate(Counting(), ids, **options)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,7 +20,7 @@ def filled(backend: Backend, rng: np.random.Generator) -> Cache:
     return cache
 
 
-def test_a_cache_says_what_it_holds(backend, rng):
+def test_a_cache_says_what_it_holds(backend: Backend, rng: np.random.Generator) -> None:
     cache = filled(backend, rng)
     assert (cache.length, cache.sealed_tokens) == (15, 12)
     assert cache.nbytes == backend.nbytes(cache.handle)
@@ -30,18 +31,18 @@ def test_a_cache_says_what_it_holds(backend, rng):
     )
 
 
-def test_crop_fork_reorder_reset(backend, rng):
+def test_crop_fork_reorder_reset(backend: Backend, rng: np.random.Generator) -> None:
     cache = filled(backend, rng)
     fork = cache.fork()
     fork.crop(13)
-    fork.reorder(np.array([1, 1, 0]))
+    fork.reorder([1, 1, 0])
     assert (cache.length, fork.length) == (15, 13)
     assert len(backend.export_state(fork.handle).slots[0].rows) == 3
     cache.reset()
     assert (cache.length, cache.nbytes, fork.length) == (0, 0, 13)
 
 
-def test_save_and_load(backend, rng, tmp_path):
+def test_save_and_load(backend: Backend, rng: np.random.Generator, tmp_path: Path) -> None:
     cache = filled(backend, rng)
     cache.save(tmp_path / "cache.kv")
     loaded = Cache.load(tmp_path / "cache.kv", backend)
@@ -49,7 +50,7 @@ def test_save_and_load(backend, rng, tmp_path):
     assert_same(backend.export_state(loaded.handle), backend.export_state(cache.handle))
 
 
-def test_a_closed_cache_refuses_everything(backend, rng, tmp_path):
+def test_a_closed_cache_refuses_everything(backend: Backend, rng: np.random.Generator, tmp_path: Path) -> None:
     cache = filled(backend, rng)
     cache.close()
     assert repr(cache) == f"<Cache {cache.handle} on {backend.name}: closed>"
@@ -71,7 +72,7 @@ def test_a_closed_cache_refuses_everything(backend, rng, tmp_path):
     assert not any(tmp_path.iterdir())
 
 
-def test_with_closes_and_so_does_the_last_reference(backend, rng):
+def test_with_closes_and_so_does_the_last_reference(backend: Backend, rng: np.random.Generator) -> None:
     with filled(backend, rng) as cache:
         handle = cache.handle
     with pytest.raises(CacheError, match="expected an open handle"):

@@ -46,7 +46,9 @@ def saved(rng: np.random.Generator, tmp_path: Path) -> Path:
     return path
 
 
-def test_a_loaded_cache_is_the_saved_one_and_goes_on_as_it_would(backend, rng, tmp_path):
+def test_a_loaded_cache_is_the_saved_one_and_goes_on_as_it_would(
+    backend: Backend, rng: np.random.Generator, tmp_path: Path
+) -> None:
     handle = filled(backend, rng)
     save_state(tmp_path / "a.kv", backend.export_state(handle))
     loaded = backend.import_state(load_state(tmp_path / "a.kv"))
@@ -59,7 +61,7 @@ def test_a_loaded_cache_is_the_saved_one_and_goes_on_as_it_would(backend, rng, t
     assert_same(backend.export_state(loaded), backend.export_state(handle))
 
 
-def test_every_backend_writes_the_same_bytes(backend, rng, tmp_path):
+def test_every_backend_writes_the_same_bytes(backend: Backend, rng: np.random.Generator, tmp_path: Path) -> None:
     numpy = get_backend("numpy")
     state = numpy.export_state(filled(numpy, rng))
     save_state(tmp_path / "numpy.kv", state)
@@ -67,13 +69,13 @@ def test_every_backend_writes_the_same_bytes(backend, rng, tmp_path):
     assert (tmp_path / "other.kv").read_bytes() == (tmp_path / "numpy.kv").read_bytes()
 
 
-def test_an_empty_cache_can_be_saved(backend, tmp_path):
+def test_an_empty_cache_can_be_saved(backend: Backend, tmp_path: Path) -> None:
     save_state(tmp_path / "empty.kv", backend.export_state(backend.new_cache()))
     loaded = backend.import_state(load_state(tmp_path / "empty.kv"))
     assert backend.length(loaded) == 0
 
 
-def test_a_file_that_cannot_be_written_leaves_the_old_one(saved, monkeypatch):
+def test_a_file_that_cannot_be_written_leaves_the_old_one(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     state, before = load_state(saved), saved.read_bytes()
     with pytest.raises(CacheError, match="expected a place where the cache can be written"):
         save_state(saved.parent / "missing" / "a.kv", state)
@@ -88,19 +90,19 @@ def test_a_file_that_cannot_be_written_leaves_the_old_one(saved, monkeypatch):
     assert list(saved.parent.iterdir()) == [saved]
 
 
-def test_a_missing_file_says_so(tmp_path):
+def test_a_missing_file_says_so(tmp_path: Path) -> None:
     with pytest.raises(CacheError, match=r"nothing\.kv: expected a cache file, got: .*No such file"):
         load_state(tmp_path / "nothing.kv")
 
 
-def test_another_kind_of_file_is_refused(tmp_path):
+def test_another_kind_of_file_is_refused(tmp_path: Path) -> None:
     for content in (b"", b"KIVIKV", b"\x08\x08" * 100):
         (tmp_path / "x.kv").write_bytes(content)
         with pytest.raises(CacheError, match="expected a cache file of onnx_kivi"):
             load_state(tmp_path / "x.kv")
 
 
-def test_a_truncated_file_is_refused_wherever_it_ends(saved):
+def test_a_truncated_file_is_refused_wherever_it_ends(saved: Path) -> None:
     data = saved.read_bytes()
     for end in (*range(0, 60), len(data) // 2, len(data) - 1):
         saved.write_bytes(data[:end])
@@ -108,15 +110,15 @@ def test_a_truncated_file_is_refused_wherever_it_ends(saved):
             load_state(saved)
 
 
-def test_a_flipped_bit_is_found_wherever_it_is(saved):
+def test_a_flipped_bit_is_found_wherever_it_is(saved: Path) -> None:
     data = saved.read_bytes()
     for at in (9, 20, len(data) // 2, len(data) - 40, len(data) - 1):
         saved.write_bytes(data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :])
-        with pytest.raises(CacheError, match="damaged or truncated"):
+        with pytest.raises(CacheError, match="damaged"):
             load_state(saved)
 
 
-def test_another_version_is_refused_by_name(saved):
+def test_another_version_is_refused_by_name(saved: Path) -> None:
     data = saved.read_bytes()
     saved.write_bytes(data[:6] + struct.pack("<H", 3) + data[8:])
     with pytest.raises(CacheError, match="expected format version 1 or 2, got 3"):
@@ -129,7 +131,7 @@ def rewritten(path: Path, change: Callable[[dict[str, Any]], None], tail: bytes 
     (size,) = struct.unpack_from("<Q", data, 8)
     header = json.loads(data[16 : 16 + size])
     change(header)
-    text = json.dumps(header).encode()
+    text = json.dumps(header, separators=(",", ":"), sort_keys=True).encode()
     arrays = data[16 + size : -32] if tail is None else tail
     body = data[:8] + struct.pack("<Q", len(text)) + text + arrays
     path.write_bytes(body + hashlib.sha256(body).digest())
@@ -182,12 +184,21 @@ ROW = ("slots", 0, "rows", 0)
         (put(*ROW, "blocks", "qx" * 3), "letters q and d|bytes of arrays"),
         (put(*ROW, "blocks", 3), "header that describes a cache"),
         (put(*ROW, "blocks", "dd" * 400), "bytes of arrays"),
+        (put("slots", 0, "attributes", "slot", False), "expected int, got False"),
+        (put("slots", 0, "attributes", "slot", 0.5), "expected int, got 0.5"),
+        (put("slots", 0, "attributes", "slot", "0"), "says it otherwise"),
+        (put("slots", 0, "attributes", "scale", 1.0), "expected float, got 1.0"),
+        (put("slots", 0, "attributes", "more", 1), "got an unknown one"),
+        (put("more", 1), "says it otherwise"),
+        (put(*ROW, "blocks", list("qqqqqq")), "says it otherwise|expected"),
         (put("slots", {}), "expected"),
         (put("slots", 0, None), "header that describes a cache"),
         (lambda header: header.clear(), "header that describes a cache"),
     ],
 )
-def test_a_header_that_lies_is_refused(saved, change, message):
+def test_a_header_that_lies_is_refused(
+    saved: Path, change: Callable[[dict[str, Any]], None], message: str | None
+) -> None:
     rewritten(saved, change)
     if message is None:
         assert load_state(saved).length == 18
@@ -196,7 +207,7 @@ def test_a_header_that_lies_is_refused(saved, change, message):
         load_state(saved)
 
 
-def test_a_header_that_is_no_json_or_ends_beyond_the_file_is_refused(saved):
+def test_a_header_that_is_no_json_or_ends_beyond_the_file_is_refused(saved: Path) -> None:
     data = saved.read_bytes()
     for size, text in ((2**60, b"{}"), (4, b"\xff\xfe{}"), (100_000, b"[" * 100_000), (2, b"[]"), (1, b"3")):
         body = data[:8] + struct.pack("<Q", size) + text
@@ -205,7 +216,7 @@ def test_a_header_that_is_no_json_or_ends_beyond_the_file_is_refused(saved):
             load_state(saved)
 
 
-def test_parameters_that_no_quantizer_writes_are_refused(saved):
+def test_parameters_that_no_quantizer_writes_are_refused(saved: Path) -> None:
     data = saved.read_bytes()
     (size,) = struct.unpack_from("<Q", data, 8)
     arrays = np.frombuffer(data[16 + size : -32], np.uint8)
@@ -218,7 +229,7 @@ def test_parameters_that_no_quantizer_writes_are_refused(saved):
 
 @settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
-def test_no_change_of_the_header_does_more_than_raise_a_cache_error(data, saved):
+def test_no_change_of_the_header_does_more_than_raise_a_cache_error(data: st.DataObject, saved: Path) -> None:
     path = saved.with_name("changed.kv")
     path.write_bytes(saved.read_bytes())
     backend = get_backend("numpy")

@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,11 +17,14 @@ import pytest
 import nodes
 from onnx_kivi.errors import CacheError, ConfigError, SpecMismatchError
 from onnx_kivi.runtime import python_host as host
+from onnx_kivi.runtime.backend import Backend
 from onnx_kivi.runtime.select import get_backend
 from stepping import assert_same, run, sdpa, tokens
 
 
-def test_a_plain_session_keeps_its_state_over_runs_rewinds_and_restarts(backend, rng):
+def test_a_plain_session_keeps_its_state_over_runs_rewinds_and_restarts(
+    backend: Backend, rng: np.random.Generator
+) -> None:
     session = nodes.session(nodes.model([sdpa(0), sdpa(1)], f"plain {backend.name}"), backend.name)
     key, value = tokens(rng, 20), tokens(rng, 20)
     handle = backend.new_cache()
@@ -39,7 +43,7 @@ def test_a_plain_session_keeps_its_state_over_runs_rewinds_and_restarts(backend,
     backend.close(handle)
 
 
-def test_handles_choose_the_cache_and_its_backend(backend, rng):
+def test_handles_choose_the_cache_and_its_backend(backend: Backend, rng: np.random.Generator) -> None:
     """The session's default backend is NumPy throughout: a native handle still goes to the native backend."""
     session = nodes.session(nodes.model([sdpa(0)], f"handles {backend.name}"), "numpy")
     first, second = backend.new_cache(), backend.new_cache()
@@ -56,7 +60,9 @@ def test_handles_choose_the_cache_and_its_backend(backend, rng):
     backend.close(second)
 
 
-def test_an_error_gives_nan_one_log_line_and_the_exception_once(backend, rng, caplog):
+def test_an_error_gives_nan_one_log_line_and_the_exception_once(
+    backend: Backend, rng: np.random.Generator, caplog: pytest.LogCaptureFixture
+) -> None:
     session = nodes.session(nodes.model([sdpa(0), sdpa(1), sdpa(2)], f"error {backend.name}"), backend.name)
     handle = backend.new_cache()
     key = tokens(rng, 9)
@@ -81,7 +87,7 @@ def test_an_error_gives_nan_one_log_line_and_the_exception_once(backend, rng, ca
     backend.close(handle)
 
 
-def test_a_later_step_that_goes_well_clears_an_error_nobody_took(backend, rng):
+def test_a_later_step_that_goes_well_clears_an_error_nobody_took(backend: Backend, rng: np.random.Generator) -> None:
     session = nodes.session(nodes.model([sdpa(0)], f"clear {backend.name}"), backend.name)
     handle = backend.new_cache()
     key = tokens(rng, 3)
@@ -91,7 +97,9 @@ def test_a_later_step_that_goes_well_clears_an_error_nobody_took(backend, rng):
     backend.close(handle)
 
 
-def test_a_step_that_cannot_open_gives_a_past_that_the_mask_agrees_with(backend, rng):
+def test_a_step_that_cannot_open_gives_a_past_that_the_mask_agrees_with(
+    backend: Backend, rng: np.random.Generator
+) -> None:
     """Downstream shapes then agree, so that onnxruntime has nothing of its own to complain about."""
     session = nodes.session(nodes.model([sdpa(0)], f"no step {backend.name}"), backend.name)
     other = nodes.session(nodes.model([sdpa(0)], f"other {backend.name}"), backend.name)
@@ -118,7 +126,9 @@ def test_a_step_that_cannot_open_gives_a_past_that_the_mask_agrees_with(backend,
     backend.close(handle)
 
 
-def test_rows_of_different_lengths_are_refused_by_a_model_of_version_1(backend, rng):
+def test_rows_of_different_lengths_are_refused_by_a_model_of_version_1(
+    backend: Backend, rng: np.random.Generator
+) -> None:
     session = nodes.session(nodes.model([sdpa(0)], f"ragged {backend.name}"), backend.name)
     key = tokens(rng, 4, batch=2)
     assert not np.isnan(session.run(None, nodes.feeds(key, key) | {"past_length": np.array([0, 0], np.int64)})[1]).any()
@@ -139,7 +149,13 @@ def test_rows_of_different_lengths_are_refused_by_a_model_of_version_1(backend, 
         ({}, {"kind": "both"}, ConfigError, "kind: expected one of self, cross"),
     ],
 )
-def test_a_node_of_another_spec_or_with_bad_attributes_is_refused(rng, step_wire, sdpa_wire, kind, message):
+def test_a_node_of_another_spec_or_with_bad_attributes_is_refused(
+    rng: np.random.Generator,
+    step_wire: dict[str, Any],
+    sdpa_wire: dict[str, Any],
+    kind: type[Exception],
+    message: str,
+) -> None:
     proto = nodes.model([sdpa(0)], f"wire {message}", step_wire=step_wire, sdpa_wire=sdpa_wire)
     session = nodes.session(proto, "numpy")
     backend = get_backend("numpy")
@@ -152,7 +168,9 @@ def test_a_node_of_another_spec_or_with_bad_attributes_is_refused(rng, step_wire
     assert message in str(error)
 
 
-def test_an_unexpected_exception_comes_out_as_a_cache_error_with_its_cause(rng, monkeypatch):
+def test_an_unexpected_exception_comes_out_as_a_cache_error_with_its_cause(
+    rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
     backend = get_backend("numpy")
     session = nodes.session(nodes.model([sdpa(0)], "unexpected"), "numpy")
     handle = backend.new_cache()
@@ -195,7 +213,7 @@ def child(code: str) -> subprocess.CompletedProcess[str]:
         "type('Odd', (BaseException,), {})()",
     ],
 )
-def test_no_exception_in_an_op_aborts_the_process(raised):
+def test_no_exception_in_an_op_aborts_the_process(raised: str) -> None:
     code = f"""
 def fail(*_): raise {raised}
 node.attend_row = fail
@@ -211,7 +229,7 @@ print("alive")
     assert (result.returncode, result.stdout) == (0, "alive\n"), result.stderr
 
 
-def test_control_c_ends_a_run_and_leaves_the_process_and_the_cache_whole():
+def test_control_c_ends_a_run_and_leaves_the_process_and_the_cache_whole() -> None:
     """onnxruntime is nearly always computing when the signal comes, so that it is handled within an op."""
     code = """
 import time

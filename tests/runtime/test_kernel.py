@@ -7,6 +7,7 @@ plus what the kernel adds: keys times scale and probabilities times scale are ro
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import pytest
@@ -43,7 +44,7 @@ def level(request: pytest.FixtureRequest) -> Iterator[Backend]:
     native.use_isa(before)
 
 
-def sealed(backend: Backend, keys: np.ndarray, values: np.ndarray, **options: object) -> tuple[object, object]:
+def sealed(backend: Backend, keys: np.ndarray, values: np.ndarray, **options: Any) -> tuple[object, object]:
     """Both sides of the one block that tokens (Hkv, T, D) are sealed into."""
     node = stepping.sdpa(block_tokens=keys.shape[1], sink_length=0, **options)
     handle = backend.new_cache()
@@ -70,7 +71,7 @@ def assert_codes(side: object, expected: QuantizedBlock | None, dense: np.ndarra
 
 @pytest.mark.parametrize("bits", [2, 4, 8])
 @pytest.mark.parametrize("name", vectors.blocks() | vectors.unquantizable_blocks())
-def test_codes_are_those_of_the_reference(level, name, bits):
+def test_codes_are_those_of_the_reference(level: Backend, name: str, bits: int) -> None:
     tokens = (vectors.blocks() | vectors.unquantizable_blocks())[name]
     key, value = sealed(level, tokens, tokens, k_bits=bits, v_bits=bits, v_group_size=5)
     assert_codes(key, quantize_keys(tokens, bits), tokens)
@@ -79,7 +80,7 @@ def test_codes_are_those_of_the_reference(level, name, bits):
 
 @settings(max_examples=40, deadline=None)
 @given(data=st.data())
-def test_codes_of_any_shape_are_those_of_the_reference_on_every_level(data):
+def test_codes_of_any_shape_are_those_of_the_reference_on_every_level(data: st.DataObject) -> None:
     from onnx_kivi.runtime.select import get_backend
 
     heads, tokens, size = (data.draw(st.integers(1, most)) for most in (2, 70, 90))
@@ -99,11 +100,11 @@ def test_codes_of_any_shape_are_those_of_the_reference_on_every_level(data):
 
 
 @pytest.mark.parametrize("case", vectors.attend_cases() + MORE_CASES, ids=lambda case: case.name)
-def test_attention_agrees_with_the_oracle(level, case):
+def test_attention_agrees_with_the_oracle(level: Backend, case: vectors.AttendCase) -> None:
     compare(level, case)
 
 
-def test_a_block_out_of_the_window_is_not_read(level):
+def test_a_block_out_of_the_window_is_not_read(level: Backend) -> None:
     """NaN in keys and values of blocks that no query sees leaves no trace: they are skipped, not masked."""
     node = stepping.sdpa(window=10, sink_length=0, k_bits=8, v_bits=8)
     handle = level.new_cache()
@@ -118,7 +119,7 @@ def test_a_block_out_of_the_window_is_not_read(level):
     assert np.isfinite(output).all()
 
 
-def test_a_nan_in_a_block_reaches_the_rows_that_see_it(level):
+def test_a_nan_in_a_block_reaches_the_rows_that_see_it(level: Backend) -> None:
     """A block with NaN stays dense, and its scores are NaN as in the original graph."""
     node = stepping.sdpa(sink_length=0, k_bits=8, v_bits=8)
     handle = level.new_cache()

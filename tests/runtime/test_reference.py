@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tracemalloc
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,17 +18,17 @@ from onnx_kivi.runtime.numpy_backend.reference import attend_row
 from onnx_kivi.runtime.numpy_backend.rows import append, empty_row
 from onnx_kivi.spec import SdpaAttributes
 
-LITERAL = {"sink_length": 0, "k_bits": 32, "v_bits": 32}
+LITERAL: dict[str, Any] = {"sink_length": 0, "k_bits": 32, "v_bits": 32}
 
 
 @pytest.mark.parametrize("case", vectors.attend_cases(), ids=lambda case: case.name)
-def test_every_feature_agrees_with_the_oracle(backend, case):
+def test_every_feature_agrees_with_the_oracle(backend: Backend, case: vectors.AttendCase) -> None:
     compare(backend, case)
 
 
 @settings(max_examples=60, deadline=None)
 @given(data=st.data())
-def test_any_combination_agrees_with_the_oracle(data):
+def test_any_combination_agrees_with_the_oracle(data: st.DataObject) -> None:
     draw = data.draw
     kv_heads = draw(st.integers(1, 3))
     causal = draw(st.sampled_from([0, 1]))
@@ -62,9 +63,7 @@ def test_any_combination_agrees_with_the_oracle(data):
     compare(get_backend("numpy"), case)
 
 
-def attend(
-    backend: Backend, mask: np.ndarray, head_sink: np.ndarray = stepping.NOTHING, **options: object
-) -> np.ndarray:
+def attend(backend: Backend, mask: np.ndarray, head_sink: np.ndarray = stepping.NOTHING, **options: Any) -> np.ndarray:
     """Output (1, 1, S, 2) of zero queries over three new tokens whose values tell which of them was seen."""
     node = SdpaAttributes(slot=0, **(LITERAL | options))
     queries = mask.shape[2]
@@ -77,12 +76,12 @@ def attend(
     return output
 
 
-def test_a_row_filled_with_the_least_float_is_uniform(backend):
+def test_a_row_filled_with_the_least_float_is_uniform(backend: Backend) -> None:
     output = attend(backend, np.full((1, 1, 1, 3), vectors.F32_MIN, np.float32))
     np.testing.assert_allclose(output[0, 0, 0], [2, 2], rtol=1e-6)
 
 
-def test_a_row_of_minus_infinity_is_nan_or_zero(backend):
+def test_a_row_of_minus_infinity_is_nan_or_zero(backend: Backend) -> None:
     mask = np.array([[[[-np.inf] * 3, [0, 0, -np.inf]]]], np.float32)
     output = attend(backend, mask)
     assert np.isnan(output[0, 0, 0]).all()
@@ -92,7 +91,7 @@ def test_a_row_of_minus_infinity_is_nan_or_zero(backend):
     np.testing.assert_allclose(output[0, 0, 1], [0.5, 0.5], rtol=1e-6)
 
 
-def test_a_head_sink_takes_its_share_and_holds_up_a_masked_row(backend):
+def test_a_head_sink_takes_its_share_and_holds_up_a_masked_row(backend: Backend) -> None:
     mask = np.array([[[[-np.inf] * 3, [0, 0, -np.inf]]]], np.float32)
     output = attend(backend, mask, np.array([np.log(2)], np.float32))
     assert output[0, 0, 0].tolist() == [0, 0]
@@ -101,7 +100,7 @@ def test_a_head_sink_takes_its_share_and_holds_up_a_masked_row(backend):
     np.testing.assert_allclose(no_sink[0, 0, 1], [0.5, 0.5], rtol=1e-6)
 
 
-def test_a_nan_score_makes_its_row_nan_as_softmax_does(backend):
+def test_a_nan_score_makes_its_row_nan_as_softmax_does(backend: Backend) -> None:
     mask = np.array([[[[0, np.nan, 0], [0, 0, 0]]]], np.float32)
     output = attend(backend, mask)
     assert np.isnan(output[0, 0, 0]).all()
@@ -110,7 +109,7 @@ def test_a_nan_score_makes_its_row_nan_as_softmax_does(backend):
     assert output[0, 0, 0].tolist() == [0, 0]
 
 
-def test_an_empty_cache_without_new_tokens_gives_zeros(backend):
+def test_an_empty_cache_without_new_tokens_gives_zeros(backend: Backend) -> None:
     handle = backend.new_cache()
     _, ticket = backend.open_step(handle, -1, stepping.model())
     query, none = np.ones((1, 2, 3, 4), np.float32), np.zeros((1, 1, 0, 4), np.float32)
@@ -120,7 +119,7 @@ def test_an_empty_cache_without_new_tokens_gives_zeros(backend):
 
 
 @pytest.mark.parametrize("bits", [2, 8, 32])
-def test_scratch_does_not_grow_with_the_context(bits):
+def test_scratch_does_not_grow_with_the_context(bits: int) -> None:
     """Decoding at 8 and at 32 tiles of context takes the same memory, give or take a list of block references."""
     node = SdpaAttributes(slot=0, k_bits=bits, v_bits=bits, residual_length=0, block_tokens=64, v_group_size=0)
     peaks = []

@@ -18,6 +18,7 @@ from onnx_kivi.spec import SdpaAttributes, StepAttributes
 from stepping import NOTHING, assert_same, assert_sealed, filled, run, sdpa, tokens
 
 Array = np.ndarray[Any, np.dtype[np.float32]]
+Random = np.random.Generator
 
 NODES = [
     sdpa(0, is_causal=1),
@@ -35,7 +36,7 @@ def attend_all(
     return [backend.attend(ticket, node, key, key, key, mask, NOTHING) for node in nodes]
 
 
-def caches_of(backend: Backend, rng: np.random.Generator, lengths: Sequence[int]) -> list[int]:
+def caches_of(backend: Backend, rng: Random, lengths: Sequence[int]) -> list[int]:
     """A cache of one row for each length."""
     handles = []
     for length in lengths:
@@ -58,7 +59,9 @@ def right_aligned(rows: Sequence[Array], width: int) -> Array:
 
 @pytest.mark.parametrize("lengths", [(5, 11, 2), (0, 9, 0), (7, 7, 7), (1, 40, 3)])
 @pytest.mark.parametrize("new", [(3, 3, 3), (1, 4, 2)])
-def test_a_ragged_step_is_each_row_alone(backend, rng, lengths, new):
+def test_a_ragged_step_is_each_row_alone(
+    backend: Backend, rng: Random, lengths: tuple[int, ...], new: tuple[int, ...]
+) -> None:
     handles = caches_of(backend, rng, lengths)
     alone = [backend.fork(handle) for handle in handles]
     for _ in range(3):
@@ -76,7 +79,7 @@ def test_a_ragged_step_is_each_row_alone(backend, rng, lengths, new):
     assert_sealed(backend, handles[1])
 
 
-def test_a_row_takes_the_last_columns_of_its_mask(backend, rng):
+def test_a_row_takes_the_last_columns_of_its_mask(backend: Backend, rng: Random) -> None:
     lengths, new = (6, 2), (3, 1)
     handles = caches_of(backend, rng, lengths)
     alone = [backend.fork(handle) for handle in handles]
@@ -91,7 +94,7 @@ def test_a_row_takes_the_last_columns_of_its_mask(backend, rng):
             np.testing.assert_allclose(got[b : b + 1, :, 3 - new[b] :], want, atol=1e-5)
 
 
-def test_rows_of_one_cache_may_differ_in_length_and_be_cut_apart(backend, rng):
+def test_rows_of_one_cache_may_differ_in_length_and_be_cut_apart(backend: Backend, rng: Random) -> None:
     handles = caches_of(backend, rng, (9, 4))
     handle = backend.gather([(handles[0], 0), (handles[1], 0), (handles[0], 0)])
     assert backend.lengths(handle) == (9, 4, 9)
@@ -109,7 +112,7 @@ def test_rows_of_one_cache_may_differ_in_length_and_be_cut_apart(backend, rng):
 
 
 @pytest.mark.parametrize("how", ["a node fails", "superseded", "another run on one of them", "closed"])
-def test_a_ragged_step_that_fails_leaves_every_row_as_it_was(backend, rng, how):
+def test_a_ragged_step_that_fails_leaves_every_row_as_it_was(backend: Backend, rng: Random, how: str) -> None:
     handles = caches_of(backend, rng, (5, 8))
     before = [backend.export_state(handle) for handle in handles]
     _, ticket = backend.open_rows(handles, [-1], [-1], STEP)
@@ -131,7 +134,7 @@ def test_a_ragged_step_that_fails_leaves_every_row_as_it_was(backend, rng, how):
         run_one(backend, handle, rng)
 
 
-def run_one(backend: Backend, handle: int, rng: np.random.Generator) -> None:
+def run_one(backend: Backend, handle: int, rng: Random) -> None:
     """The cache still takes a token."""
     length = backend.length(handle)
     _, ticket = backend.open_step(handle, -1, STEP)
@@ -158,7 +161,7 @@ def bad_steps(handles: list[int], wide: int, closed: int) -> list[tuple[tuple[An
     ]
 
 
-def test_a_step_that_cannot_be_opened_names_the_row_and_changes_nothing(backend, rng):
+def test_a_step_that_cannot_be_opened_names_the_row_and_changes_nothing(backend: Backend, rng: Random) -> None:
     handles = caches_of(backend, rng, (5, 8))
     wide = backend.gather([(handles[0], 0), (handles[0], 0)])
     closed = backend.new_cache()
@@ -172,7 +175,7 @@ def test_a_step_that_cannot_be_opened_names_the_row_and_changes_nothing(backend,
 
 
 @pytest.mark.parametrize("version", [1, 2])
-def test_a_model_that_needs_one_length_says_why(backend, rng, version):
+def test_a_model_that_needs_one_length_says_why(backend: Backend, rng: Random, version: int) -> None:
     wire = {} if version == 1 else {"one_length": "positions are counted from P"}
     step = StepAttributes(model_id="strict", layers=1, spec_version=version, **wire)
     handles = [backend.new_cache() for _ in "ab"]
@@ -189,7 +192,7 @@ def test_a_model_that_needs_one_length_says_why(backend, rng, version):
     assert set(backend.members(ticket)) == set(handles)
 
 
-def test_more_new_tokens_than_are_given_are_refused(backend, rng):
+def test_more_new_tokens_than_are_given_are_refused(backend: Backend, rng: Random) -> None:
     handles = caches_of(backend, rng, (5, 8))
     _, ticket = backend.open_rows(handles, [-1], [2, 3], STEP)
     key = tokens(rng, 2, batch=2)
@@ -197,7 +200,7 @@ def test_more_new_tokens_than_are_given_are_refused(backend, rng):
         backend.attend(ticket, NODES[0], key, key, key, NOTHING, NOTHING)
 
 
-def test_gathered_rows_share_what_is_sealed_and_part_when_they_grow(backend, rng):
+def test_gathered_rows_share_what_is_sealed_and_part_when_they_grow(backend: Backend, rng: Random) -> None:
     node = sdpa(0, block_tokens=16, residual_length=16)
     handle = filled(backend, rng, 400, [node])
     whole = backend.nbytes(handle)
@@ -216,7 +219,7 @@ def test_gathered_rows_share_what_is_sealed_and_part_when_they_grow(backend, rng
     assert backend.length(forks[0]) == 401
 
 
-def test_gather_refuses_what_does_not_belong_together(backend, rng):
+def test_gather_refuses_what_does_not_belong_together(backend: Backend, rng: Random) -> None:
     a, b = filled(backend, rng, 9, [sdpa(0)]), filled(backend, rng, 9, [sdpa(0, k_bits=2)])
     wide = filled(backend, rng, 9, [sdpa(0)], batch=2)
     empty, closed = backend.new_cache(), backend.new_cache()
@@ -240,7 +243,7 @@ def test_gather_refuses_what_does_not_belong_together(backend, rng):
     np.testing.assert_array_equal(rows[0].sinks.key, backend.export_state(wide).slots[0].rows[1].sinks.key)
 
 
-def test_caches_are_joined_split_selected_and_repeated(backend, rng):
+def test_caches_are_joined_split_selected_and_repeated(backend: Backend, rng: Random) -> None:
     with Cache(backend, filled(backend, rng, 9, [sdpa(0)], batch=2)) as cache, cache.repeat(2) as four:
         assert four.lengths == (9, 9, 9, 9)
         rows, wide = (backend.export_state(c.handle).slots[0].rows for c in (cache, four))
@@ -261,7 +264,7 @@ def test_caches_are_joined_split_selected_and_repeated(backend, rng):
                 wrong()
 
 
-def slid(backend: Backend, rng: np.random.Generator, count: int, node: SdpaAttributes) -> tuple[int, Array]:
+def slid(backend: Backend, rng: Random, count: int, node: SdpaAttributes) -> tuple[int, Array]:
     """A cache that was fed `count` random tokens, some at a time, and the tokens."""
     handle, key = backend.new_cache(), tokens(rng, count)
     for begin in range(0, count, 7):
@@ -272,10 +275,10 @@ def slid(backend: Backend, rng: np.random.Generator, count: int, node: SdpaAttri
 
 
 @pytest.mark.parametrize("bits", [8, 32])
-def test_a_window_frees_what_no_query_can_see_and_nothing_else(backend, rng, bits):
-    node = sdpa(0, window=10, k_bits=bits, v_bits=bits, residual_length=2)
+def test_a_window_frees_what_no_query_can_see_and_nothing_else(backend: Backend, rng: Random, bits: int) -> None:
+    node = sdpa(0, window=10, evict=1, spec_version=2, k_bits=bits, v_bits=bits, residual_length=2)
     handle, key = slid(backend, rng, 100, node)
-    whole, _ = slid(backend, rng, 100, replace(node, window=0))
+    whole, _ = slid(backend, rng, 100, replace(node, evict=0))
     state = backend.export_state(handle)
     row = state.slots[0].rows[0]
     assert (backend.length(handle), row.sinks.tokens) == (100, 1)
@@ -302,8 +305,8 @@ def windowed(query: Array, whole: Array, position: int, window: int) -> Array:
     return np.einsum("hst,htd->hsd", p / p.sum(-1, keepdims=True), whole)
 
 
-def test_a_crop_past_the_freed_part_is_refused_and_others_are_exact(backend, rng):
-    node = sdpa(0, window=10, residual_length=2)
+def test_a_crop_past_the_freed_part_is_refused_and_others_are_exact(backend: Backend, rng: Random) -> None:
+    node = sdpa(0, window=10, evict=1, spec_version=2, residual_length=2)
     handle, _ = slid(backend, rng, 100, node)
     row = backend.export_state(handle).slots[0].rows[0]
     least = row.sinks.tokens + row.freed + node.window - 1
@@ -319,8 +322,9 @@ def test_a_crop_past_the_freed_part_is_refused_and_others_are_exact(backend, rng
     assert backend.length(handle) == least
 
 
-def test_a_window_is_only_freed_if_all_readers_of_the_slot_have_it(backend, rng):
-    writer, reader = sdpa(0, window=10, residual_length=2), sdpa(0, residual_length=2)
+def test_a_window_is_only_freed_if_all_readers_of_the_slot_have_it(backend: Backend, rng: Random) -> None:
+    writer = sdpa(0, window=10, residual_length=2, evict=1, spec_version=2)
+    reader = sdpa(0, residual_length=2)
     step = StepAttributes(model_id="shared", layers=2, spec_version=2)
     handle = backend.new_cache()
     for _ in range(20):
@@ -332,8 +336,17 @@ def test_a_window_is_only_freed_if_all_readers_of_the_slot_have_it(backend, rng)
     assert_sealed(backend, handle)
 
 
-def test_window_sinks_stay_seen_beyond_the_window(backend, rng):
-    node = sdpa(0, window=8, sink_length=4, window_sinks=3, k_bits=32, v_bits=32, residual_length=2, spec_version=2)
+def test_a_node_of_version_1_frees_nothing(backend: Backend, rng: Random) -> None:
+    handle, _ = slid(backend, rng, 100, sdpa(0, window=10, residual_length=2))
+    assert backend.export_state(handle).slots[0].rows[0].freed == 0
+    backend.crop(handle, 3)
+    assert backend.length(handle) == 3
+
+
+def test_window_sinks_stay_seen_beyond_the_window(backend: Backend, rng: Random) -> None:
+    node = sdpa(
+        0, window=8, evict=1, sink_length=4, window_sinks=3, k_bits=32, v_bits=32, residual_length=2, spec_version=2
+    )
     handle, key = slid(backend, rng, 60, node)
     assert backend.export_state(handle).slots[0].rows[0].freed > 0
     new = tokens(rng, 2)
@@ -349,9 +362,9 @@ def test_window_sinks_stay_seen_beyond_the_window(backend, rng):
     np.testing.assert_allclose(output[0], np.einsum("hst,htd->hsd", p / p.sum(-1, keepdims=True), whole), atol=1e-5)
 
 
-def test_ragged_and_freed_states_go_through_files_of_version_2(backend, rng, tmp_path):
+def test_ragged_and_freed_states_go_through_files_of_version_2(backend: Backend, rng: Random, tmp_path: Path) -> None:
     ragged = backend.gather([(handle, 0) for handle in caches_of(backend, rng, (9, 30))])
-    freed, _ = slid(backend, rng, 100, sdpa(0, window=10, residual_length=2))
+    freed, _ = slid(backend, rng, 100, sdpa(0, window=10, residual_length=2, evict=1, spec_version=2))
     plain = filled(backend, rng, 9, [sdpa(0)], batch=2)
     for handle, version in ((ragged, 2), (freed, 2), (plain, 1)):
         state = backend.export_state(handle)
@@ -362,7 +375,7 @@ def test_ragged_and_freed_states_go_through_files_of_version_2(backend, rng, tmp
         assert backend.lengths(again) == backend.lengths(handle)
 
 
-def test_a_saved_row_is_one_row(backend, rng, tmp_path: Path):
+def test_a_saved_row_is_one_row(backend: Backend, rng: Random, tmp_path: Path) -> None:
     handle = filled(backend, rng, 9, [sdpa(0)], batch=3)
     with Cache(backend, handle) as cache, cache.select([2]) as row:
         row.save(tmp_path / "row")

@@ -1,17 +1,28 @@
-"""The spec: attributes survive the wire, validation says what was expected, and the README shows the same table."""
+"""The spec: attributes survive the wire, validation says what was expected, and SPEC.md shows the same tables."""
 
 from __future__ import annotations
 
 import dataclasses
+import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import onnx_kivi
 from onnx_kivi.config import KiviConfig, parse_layer_bits
 from onnx_kivi.errors import CacheError, ConfigError, SpecMismatchError
-from onnx_kivi.spec import OPS, QUANTIZED_KV_SDPA, SdpaAttributes, StepAttributes, op_table
+from onnx_kivi.spec import (
+    MAX_BLOCK_TOKENS,
+    OPS,
+    QUANTIZED_KV_SDPA,
+    SdpaAttributes,
+    StepAttributes,
+)
+from onnx_kivi.spec_document import document
 from onnx_kivi.spec_types import check_shapes
 
 
@@ -66,8 +77,9 @@ def test_other_versions_are_a_spec_mismatch(kind: type[SdpaAttributes] | type[St
     ],
 )
 def test_values_out_of_range(name: str, value: object) -> None:
+    change: dict[str, Any] = {name: value}
     with pytest.raises(ConfigError, match=f"{name}: expected"):
-        dataclasses.replace(SdpaAttributes(slot=0), **{name: value})
+        dataclasses.replace(SdpaAttributes(slot=0), **change)
 
 
 def test_wire_that_is_no_number() -> None:
@@ -125,7 +137,13 @@ def test_layer_bits() -> None:
         KiviConfig(layer_bits={0: (7, 8)})
 
 
-def test_readme_shows_the_spec() -> None:
-    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
-    assert op_table() in readme, "run: python -m onnx_kivi.spec"
-    assert all(f"`{a.name}`" in readme for op in OPS for a in op.attributes)
+def test_the_document_is_current_and_names_every_attribute_and_limit() -> None:
+    text = (Path(onnx_kivi.__file__).parent / "SPEC.md").read_text(encoding="utf-8")
+    assert text == document(), "run: python -m onnx_kivi.spec > onnx_kivi/SPEC.md"
+    assert all(f"| `{row.name}` |" in text for op in OPS for row in (*op.inputs, *op.outputs, *op.attributes))
+    assert f"| `MAX_BLOCK_TOKENS` | {MAX_BLOCK_TOKENS:,} |" in text
+
+
+def test_the_document_is_printed() -> None:
+    command = [sys.executable, "-m", "onnx_kivi.spec"]
+    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout == document()

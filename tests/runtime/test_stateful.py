@@ -6,6 +6,8 @@ so that what is decoded shows which tokens are there, and in which order, despit
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 from hypothesis import settings
@@ -147,13 +149,17 @@ class CacheLife(RuleBasedStateMachine):
 
 
 @pytest.mark.parametrize("name", ["numpy", "native"])
-def test_any_life_of_a_cache_keeps_its_tokens(name):
+def test_any_life_of_a_cache_keeps_its_tokens(name: str) -> None:
     try:
         get_backend(name)
     except BackendUnavailableError as error:
         pytest.skip(str(error))
-    life = type(f"CacheLife_{name}", (CacheLife,), {"name": name})
-    case = life.TestCase
+
+    class Life(CacheLife):
+        pass
+
+    Life.name = name
+    case: Any = Life.TestCase
     case.settings = settings(max_examples=40, stateful_step_count=25, deadline=None)
     case("runTest").runTest()
-    assert life.most_sealed > 0
+    assert Life.most_sealed > 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -10,11 +11,11 @@ import pytest
 
 import oracle
 from onnx_kivi.errors import CacheError
-from onnx_kivi.runtime.backend import ticket_handle
+from onnx_kivi.runtime.backend import Backend, ticket_handle
 from stepping import NOTHING, assert_same, assert_sealed, filled, model, run, sdpa, tokens
 
 
-def test_length_advances_only_when_the_last_node_has_run(backend, rng):
+def test_length_advances_only_when_the_last_node_has_run(backend: Backend, rng: np.random.Generator) -> None:
     nodes = [sdpa(0), sdpa(1)]
     handle = filled(backend, rng, 9, nodes)
     before = backend.export_state(handle)
@@ -31,7 +32,9 @@ def test_length_advances_only_when_the_last_node_has_run(backend, rng):
     assert backend.length(handle) == 15
 
 
-def test_a_failed_node_poisons_its_step_and_the_next_starts_from_the_committed_length(backend, rng):
+def test_a_failed_node_poisons_its_step_and_the_next_starts_from_the_committed_length(
+    backend: Backend, rng: np.random.Generator
+) -> None:
     nodes = [sdpa(0), sdpa(1), sdpa(2)]
     handle = filled(backend, rng, 9, nodes)
     before = backend.export_state(handle)
@@ -52,7 +55,7 @@ def test_a_failed_node_poisons_its_step_and_the_next_starts_from_the_committed_l
     assert_same(backend.export_state(handle), backend.export_state(undisturbed))
 
 
-def test_a_second_step_supersedes_the_first(backend, rng):
+def test_a_second_step_supersedes_the_first(backend: Backend, rng: np.random.Generator) -> None:
     nodes = [sdpa(0), sdpa(1)]
     handle = filled(backend, rng, 9, nodes)
     key = tokens(rng, 5)
@@ -70,7 +73,9 @@ def test_a_second_step_supersedes_the_first(backend, rng):
 
 
 @pytest.mark.parametrize("change", [lambda b, h: b.crop(h, 9), lambda b, h: b.reset(h), lambda b, h: b.reorder(h, [0])])
-def test_changing_a_cache_ends_its_open_step(backend, rng, change):
+def test_changing_a_cache_ends_its_open_step(
+    backend: Backend, rng: np.random.Generator, change: Callable[[Backend, int], None]
+) -> None:
     nodes = [sdpa(0), sdpa(1)]
     handle = filled(backend, rng, 9, nodes)
     key = tokens(rng, 2)
@@ -82,7 +87,7 @@ def test_changing_a_cache_ends_its_open_step(backend, rng, change):
     assert backend.length(handle) in (0, 9)
 
 
-def test_past_length_rewinds_at_once(backend, rng):
+def test_past_length_rewinds_at_once(backend: Backend, rng: np.random.Generator) -> None:
     nodes = [sdpa(0)]
     handle = filled(backend, rng, 20, nodes)
     past, ticket = backend.open_step(handle, 7, model(1))
@@ -96,7 +101,7 @@ def test_past_length_rewinds_at_once(backend, rng):
     assert backend.length(handle) == 9
 
 
-def test_past_length_zero_restarts_even_with_another_batch(backend, rng):
+def test_past_length_zero_restarts_even_with_another_batch(backend: Backend, rng: np.random.Generator) -> None:
     nodes = [sdpa(0)]
     handle = filled(backend, rng, 20, nodes, batch=2)
     key = tokens(rng, 20, batch=3)
@@ -107,7 +112,7 @@ def test_past_length_zero_restarts_even_with_another_batch(backend, rng):
     assert_same(backend.export_state(handle), backend.export_state(fresh))
 
 
-def test_a_cross_slot_is_filled_once_and_survives_rewinding(backend, rng):
+def test_a_cross_slot_is_filled_once_and_survives_rewinding(backend: Backend, rng: np.random.Generator) -> None:
     """The queries see all of the encoder's tokens, whatever the decoder's past; reset alone drops them."""
     own, cross = sdpa(0), sdpa(1, kind="cross", k_bits=32, v_bits=32)
     handle = backend.new_cache()
@@ -142,7 +147,9 @@ def test_a_cross_slot_is_filled_once_and_survives_rewinding(backend, rng):
         decode(1, none, none)
 
 
-def test_a_node_without_new_tokens_sees_what_an_earlier_node_gave_its_slot(backend, rng):
+def test_a_node_without_new_tokens_sees_what_an_earlier_node_gave_its_slot(
+    backend: Backend, rng: np.random.Generator
+) -> None:
     owner, sharer = sdpa(0, k_bits=32, v_bits=32, is_causal=1), sdpa(0, k_bits=32, v_bits=32, is_causal=1, scale=2.0)
     handle, none = backend.new_cache(), tokens(rng, 0)
     key, value = tokens(rng, 12), tokens(rng, 12)
@@ -157,7 +164,7 @@ def test_a_node_without_new_tokens_sees_what_an_earlier_node_gave_its_slot(backe
     assert backend.length(handle) == 12
 
 
-def test_a_slot_takes_new_tokens_once_and_as_many_as_the_others(backend, rng):
+def test_a_slot_takes_new_tokens_once_and_as_many_as_the_others(backend: Backend, rng: np.random.Generator) -> None:
     handle = backend.new_cache()
     with pytest.raises(CacheError, match="once per step"):
         run(backend, handle, [sdpa(0), sdpa(0)], tokens(rng, 3), tokens(rng, 3))
@@ -169,7 +176,7 @@ def test_a_slot_takes_new_tokens_once_and_as_many_as_the_others(backend, rng):
     assert backend.length(handle) == 0
 
 
-def test_a_slot_left_behind_is_an_error(backend, rng):
+def test_a_slot_left_behind_is_an_error(backend: Backend, rng: np.random.Generator) -> None:
     nodes = [sdpa(0), sdpa(1)]
     handle = filled(backend, rng, 9, nodes)
     _, ticket = backend.open_step(handle, -1, model(2))
@@ -180,7 +187,7 @@ def test_a_slot_left_behind_is_an_error(backend, rng):
     assert backend.length(handle) == 9
 
 
-def test_a_handle_belongs_to_the_first_model_and_its_options(backend, rng):
+def test_a_handle_belongs_to_the_first_model_and_its_options(backend: Backend, rng: np.random.Generator) -> None:
     handle = filled(backend, rng, 9, [sdpa(0)])
     with pytest.raises(CacheError, match=r"expected model model .*got other"):
         run(backend, handle, [sdpa(0)], tokens(rng, 1), tokens(rng, 1), model_id="other")
@@ -193,7 +200,7 @@ def test_a_handle_belongs_to_the_first_model_and_its_options(backend, rng):
     assert backend.length(handle) == 1
 
 
-def test_each_model_has_one_default_cache(backend, rng):
+def test_each_model_has_one_default_cache(backend: Backend, rng: np.random.Generator) -> None:
     key = tokens(rng, 2)
     lengths = []
     for model_id in ("default a", "default b", "default a"):
@@ -219,9 +226,17 @@ def test_each_model_has_one_default_cache(backend, rng):
         ({"sink": (3,)}, r"head_sink: expected shape \(Hq=2\), got \(3,\)"),
     ],
 )
-def test_wrong_shapes_say_what_was_expected(backend, rng, change, message):
+def test_wrong_shapes_say_what_was_expected(
+    backend: Backend, rng: np.random.Generator, change: dict[str, tuple[int, ...]], message: str
+) -> None:
     handle = filled(backend, rng, 9, [sdpa(0)])
-    shapes = {"query": (1, 2, 3, 6), "key": (1, 2, 3, 6), "value": (1, 2, 3, 6), "mask": (0,), "sink": (0,)} | change
+    shapes: dict[str, tuple[int, ...]] = {
+        "query": (1, 2, 3, 6),
+        "key": (1, 2, 3, 6),
+        "value": (1, 2, 3, 6),
+        "mask": (0,),
+        "sink": (0,),
+    } | change
     arrays = [np.zeros(shape, np.float32) for shape in shapes.values()]
     _, ticket = backend.open_step(handle, -1, model(1))
     with pytest.raises(CacheError, match=message):
@@ -229,7 +244,7 @@ def test_wrong_shapes_say_what_was_expected(backend, rng, change, message):
     assert backend.length(handle) == 9
 
 
-def test_wrong_types_are_refused(backend, rng):
+def test_wrong_types_are_refused(backend: Backend, rng: np.random.Generator) -> None:
     handle = filled(backend, rng, 9, [sdpa(0)])
     key = tokens(rng, 2)
     _, ticket = backend.open_step(handle, -1, model(1))
@@ -237,7 +252,7 @@ def test_wrong_types_are_refused(backend, rng):
         backend.attend(ticket, sdpa(0), key, key.astype(np.float64), key, NOTHING, NOTHING)
 
 
-def test_a_closed_or_unknown_handle_is_refused_by_everything(backend, rng):
+def test_a_closed_or_unknown_handle_is_refused_by_everything(backend: Backend, rng: np.random.Generator) -> None:
     handle = filled(backend, rng, 9, [sdpa(0)])
     _, ticket = backend.open_step(handle, -1, model(1))
     backend.close(handle)
@@ -263,7 +278,7 @@ def test_a_closed_or_unknown_handle_is_refused_by_everything(backend, rng):
         backend.attend(ticket, sdpa(0), key, key, key, NOTHING, NOTHING)
 
 
-def test_threads_on_their_own_handles_do_not_disturb_each_other(backend, rng):
+def test_threads_on_their_own_handles_do_not_disturb_each_other(backend: Backend, rng: np.random.Generator) -> None:
     nodes = [sdpa(0), sdpa(1)]
     key, value = tokens(rng, 40), tokens(rng, 40)
 
@@ -282,7 +297,7 @@ def test_threads_on_their_own_handles_do_not_disturb_each_other(backend, rng):
         assert_same(backend.export_state(handle), backend.export_state(expected))
 
 
-def test_threads_on_one_handle_lose_steps_but_never_mix_them(backend):
+def test_threads_on_one_handle_lose_steps_but_never_mix_them(backend: Backend) -> None:
     """Runs and crops at once on one handle: all slots end with the same tokens, each run's made of its number."""
     nodes = [sdpa(slot, k_bits=32, v_bits=32) for slot in range(3)]
     handle = backend.new_cache()

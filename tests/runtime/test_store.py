@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,12 +13,14 @@ from hypothesis import strategies as st
 import oracle
 import stepping
 from onnx_kivi.errors import CacheError
-from onnx_kivi.runtime.backend import CacheState, QuantizedBlock, RowState
+from onnx_kivi.runtime.backend import Backend, CacheState, QuantizedBlock, RowState
 from onnx_kivi.runtime.select import get_backend
 from stepping import assert_same, assert_sealed, filled, run, sdpa, tokens
 
 
-def test_sinks_fill_first_then_blocks_seal_when_the_residual_is_full(backend, rng):
+def test_sinks_fill_first_then_blocks_seal_when_the_residual_is_full(
+    backend: Backend, rng: np.random.Generator
+) -> None:
     node = sdpa(sink_length=3, block_tokens=4, residual_length=5)
     handle = backend.new_cache()
     shapes = []
@@ -35,7 +38,7 @@ def test_sinks_fill_first_then_blocks_seal_when_the_residual_is_full(backend, rn
 @pytest.mark.parametrize("name", ["numpy", "native"])
 @settings(max_examples=40, deadline=None)
 @given(data=st.data())
-def test_the_same_tokens_in_chunks_leave_the_same_cache_bit_for_bit(name, data):
+def test_the_same_tokens_in_chunks_leave_the_same_cache_bit_for_bit(name: str, data: st.DataObject) -> None:
     try:
         backend = get_backend(name)
     except Exception as error:
@@ -64,7 +67,7 @@ def test_the_same_tokens_in_chunks_leave_the_same_cache_bit_for_bit(name, data):
     backend.close(chunked)
 
 
-def test_outputs_at_32_bits_do_not_depend_on_the_chunks(backend, rng):
+def test_outputs_at_32_bits_do_not_depend_on_the_chunks(backend: Backend, rng: np.random.Generator) -> None:
     """Float32 sums in another order: a few units of 2^-24 on values of size one."""
     node = sdpa(k_bits=32, v_bits=32, is_causal=1)
     key, value = tokens(rng, 50), tokens(rng, 50)
@@ -77,7 +80,7 @@ def test_outputs_at_32_bits_do_not_depend_on_the_chunks(backend, rng):
     assert len(backend.export_state(chunked).slots[0].rows[0].blocks) == 12
 
 
-def test_a_step_attends_to_its_own_tokens_exactly(backend, rng):
+def test_a_step_attends_to_its_own_tokens_exactly(backend: Backend, rng: np.random.Generator) -> None:
     """At 2 bits a step's own tokens are seen dense: the output is that of the oracle on the given tensors."""
     node = sdpa(k_bits=2, v_bits=2, is_causal=1)
     handle = backend.new_cache()
@@ -88,7 +91,7 @@ def test_a_step_attends_to_its_own_tokens_exactly(backend, rng):
     np.testing.assert_allclose(output[0], expected, rtol=0, atol=2e-6)
 
 
-def test_a_block_with_nan_or_beyond_float16_stays_dense_and_exact(backend, rng):
+def test_a_block_with_nan_or_beyond_float16_stays_dense_and_exact(backend: Backend, rng: np.random.Generator) -> None:
     node = sdpa(k_bits=4, v_bits=4, sink_length=0)
     key, value = tokens(rng, 12), tokens(rng, 12)
     key[0, 1, 5, 2], value[0, 0, 9, 1] = np.nan, 1e30
@@ -102,7 +105,7 @@ def test_a_block_with_nan_or_beyond_float16_stays_dense_and_exact(backend, rng):
     assert backend.sealed_tokens(handle) == 4
 
 
-def test_bytes_are_counted_exactly(backend, rng):
+def test_bytes_are_counted_exactly(backend: Backend, rng: np.random.Generator) -> None:
     """2 kv heads, Dk 16, Dv 32, blocks of 16, value groups of 16 (no backend pads these): one sink, 3 blocks, 2 more
     tokens in the residual."""
     node = sdpa(k_bits=4, v_bits=2, block_tokens=16, v_group_size=16)
@@ -117,7 +120,7 @@ def test_bytes_are_counted_exactly(backend, rng):
     assert backend.nbytes(handle) == backend.dense_nbytes(handle) == 0
 
 
-def test_no_array_keeps_more_memory_alive_than_is_counted(rng):
+def test_no_array_keeps_more_memory_alive_than_is_counted(rng: np.random.Generator) -> None:
     """A view of a longer array would hold on to all of it; the native store counts its own allocations."""
     backend = get_backend("numpy")
     handle = filled(backend, rng, 30, [sdpa(sink_length=3, residual_length=4, v_bits=32)])
@@ -127,7 +130,7 @@ def test_no_array_keeps_more_memory_alive_than_is_counted(rng):
             assert array.base is None or array.base.nbytes == array.nbytes
 
 
-def test_sealed_tokens_is_the_least_over_quantizing_slots(backend, rng):
+def test_sealed_tokens_is_the_least_over_quantizing_slots(backend: Backend, rng: np.random.Generator) -> None:
     nodes = [sdpa(0, k_bits=32, v_bits=32), sdpa(1, residual_length=5), sdpa(2, k_bits=32)]
     handle = filled(backend, rng, 14, nodes)
     assert backend.sealed_tokens(handle) == 8
@@ -135,7 +138,7 @@ def test_sealed_tokens_is_the_least_over_quantizing_slots(backend, rng):
     assert backend.sealed_tokens(handle) == 0
 
 
-def test_crop_inside_the_residual_is_exact(backend, rng):
+def test_crop_inside_the_residual_is_exact(backend: Backend, rng: np.random.Generator) -> None:
     node = sdpa(residual_length=6)
     key, value = tokens(rng, 24), tokens(rng, 24)
     handle = backend.new_cache()
@@ -151,7 +154,7 @@ def test_crop_inside_the_residual_is_exact(backend, rng):
     assert backend.length(handle) == 20
 
 
-def test_crop_in_a_sealed_block_decodes_what_remains(backend, rng):
+def test_crop_in_a_sealed_block_decodes_what_remains(backend: Backend, rng: np.random.Generator) -> None:
     node = sdpa(k_bits=8, v_bits=8)
     key, value = tokens(rng, 17), tokens(rng, 17)
     handle = backend.new_cache()
@@ -168,7 +171,9 @@ def test_crop_in_a_sealed_block_decodes_what_remains(backend, rng):
 
 
 @pytest.mark.parametrize("length", [0, 1, 2, 3, 9])
-def test_crop_into_sinks_and_to_nothing_then_appending_fills_up_again(backend, rng, length):
+def test_crop_into_sinks_and_to_nothing_then_appending_fills_up_again(
+    backend: Backend, rng: np.random.Generator, length: int
+) -> None:
     node = sdpa(sink_length=3)
     key, value = tokens(rng, 20), tokens(rng, 20)
     handle = backend.new_cache()
@@ -182,7 +187,7 @@ def test_crop_into_sinks_and_to_nothing_then_appending_fills_up_again(backend, r
         assert_same(backend.export_state(handle), backend.export_state(whole))
 
 
-def test_forks_do_not_see_each_other(backend, rng):
+def test_forks_do_not_see_each_other(backend: Backend, rng: np.random.Generator) -> None:
     nodes = [sdpa(0), sdpa(1)]
     handle = filled(backend, rng, 15, nodes)
     before = backend.export_state(handle)
@@ -199,7 +204,7 @@ def test_forks_do_not_see_each_other(backend, rng):
     assert backend.length(fork) == 3
 
 
-def test_reorder_moves_repeats_and_drops_rows(backend, rng):
+def test_reorder_moves_repeats_and_drops_rows(backend: Backend, rng: np.random.Generator) -> None:
     nodes = [sdpa(0)]
     handle = filled(backend, rng, 15, nodes, batch=3)
     rows = backend.export_state(handle).slots[0].rows
@@ -216,7 +221,7 @@ def test_reorder_moves_repeats_and_drops_rows(backend, rng):
 
 
 @pytest.mark.parametrize("index", [[], [3], [-1]])
-def test_reorder_refuses_rows_that_do_not_exist(backend, rng, index):
+def test_reorder_refuses_rows_that_do_not_exist(backend: Backend, rng: np.random.Generator, index: list[int]) -> None:
     handle = filled(backend, rng, 5, [sdpa(0)], batch=3)
     with pytest.raises(CacheError, match="reorder: expected one or more row numbers from 0 to 2"):
         backend.reorder(handle, index)
@@ -224,7 +229,7 @@ def test_reorder_refuses_rows_that_do_not_exist(backend, rng, index):
         backend.reorder(backend.new_cache(), index)
 
 
-def test_crop_refuses_lengths_that_are_not_there(backend, rng):
+def test_crop_refuses_lengths_that_are_not_there(backend: Backend, rng: np.random.Generator) -> None:
     handle = filled(backend, rng, 9, [sdpa(0)])
     for wrong in (-1, 10):
         with pytest.raises(CacheError, match=f"crop: expected a length of 0 to 9.*got {wrong}"):
@@ -232,14 +237,15 @@ def test_crop_refuses_lengths_that_are_not_there(backend, rng):
     assert backend.length(handle) == 9
 
 
-def test_a_state_that_contradicts_itself_is_refused(backend, rng):
+def test_a_state_that_contradicts_itself_is_refused(backend: Backend, rng: np.random.Generator) -> None:
     """What a file or another backend hands over; cache files have more of this."""
     handle = filled(backend, rng, 9, [sdpa(0), sdpa(1, k_bits=32)], batch=2)
     state = backend.export_state(handle)
     first, second = state.slots
     row, block = first.rows[0], first.rows[0].blocks[0]
+    assert isinstance(block.value, QuantizedBlock)
     wide = replace(block.value, codes=np.zeros((2, 4, 7), np.uint8))
-    double = row.sinks.key.astype(np.float64)
+    double: Any = row.sinks.key.astype(np.float64)
     codes_at_32_bits = tuple(replace(r, blocks=first.rows[0].blocks) for r in second.rows)
     lies = [
         (replace(state, slots=()), "expected slots that hold the 9 tokens"),

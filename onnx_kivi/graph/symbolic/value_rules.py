@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 import onnx
 
-from ..view import FLOATS, INTEGERS, Node
+from ..elements import FLOATS, INTEGERS
+from ..view import Node
 from .abstract import AbstractValue, UnknownError, Values, axes_of, ints, shape_of, slices, value_of
 from .dims import Dim, divide
 

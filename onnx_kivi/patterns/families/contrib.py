@@ -9,9 +9,10 @@ import math
 from collections.abc import Mapping
 
 from ...graph import Node, element_name
-from ..caches import CacheTensor, DecoderGraph
+from ..caches import CacheTensor
+from ..decoder_graph import DecoderGraph
+from ..match import Filled, MissError
 from ..prologue import Prologue
-from ..site import Filled, MissError
 
 DEFAULT_FILL = -10000.0
 
@@ -37,7 +38,7 @@ def joined_cache(decoder: DecoderGraph, node: Node, past: int, present: int) -> 
     return cache if cache is not None and not cache.new else None
 
 
-def attention_scale(node: Node, head_size: int | None) -> float:
+def contrib_scale(node: Node, head_size: int | None) -> float:
     """The attribute, where 0 or none stands for 1 / sqrt(head size)."""
     scale = float(node.attr("scale", 0.0))
     if scale == 0.0 and head_size is None:
@@ -53,7 +54,7 @@ def padding_mask(decoder: DecoderGraph, prologue: Prologue, node: Node, mask: st
     fill = float(node.attr("mask_filter_value", DEFAULT_FILL))
     sizes, batch = decoder.shapes.shape(mask), (decoder.shapes.shape(batch_of) or (None,))[0]
     if sizes is not None and len(sizes) in (2, 3):
-        seen = prologue.node("Greater", prologue.int64(mask), prologue.constant(0))
+        seen = prologue.node("Greater", prologue.cast(mask, "int64"), prologue.ints(0))
         seen_BxST = prologue.unsqueeze(seen, 1, 2) if len(sizes) == 2 else prologue.unsqueeze(seen, 1)
         return Filled(seen_BxST, keep=True, fill=fill)
     if sizes is None or len(sizes) != 1 or batch is None or sizes[0] not in (batch, batch * 2):
@@ -63,8 +64,8 @@ def padding_mask(decoder: DecoderGraph, prologue: Prologue, node: Node, mask: st
         )
     places = prologue.counted(prologue.total_tokens(batch_of))
     if sizes[0] == batch:
-        return Filled(_before(prologue, places, prologue.int64(mask)), keep=True, fill=fill)
-    bounds = prologue.node("Reshape", prologue.int64(mask), prologue.constant(2, -1))
+        return Filled(_before(prologue, places, prologue.cast(mask, "int64")), keep=True, fill=fill)
+    bounds = prologue.node("Reshape", prologue.cast(mask, "int64"), prologue.ints(2, -1))
     ends, starts = prologue.split(bounds, 0, 1, 1)
     hidden = prologue.node("Not", _before(prologue, places, starts))
     return Filled(prologue.node("And", _before(prologue, places, ends), hidden), keep=True, fill=fill)
@@ -72,4 +73,4 @@ def padding_mask(decoder: DecoderGraph, prologue: Prologue, node: Node, mask: st
 
 def _before(prologue: Prologue, places: str, bound: str) -> str:
     """Whether each place comes before a row's bound, (B, 1, 1, places)."""
-    return prologue.node("Less", places, prologue.node("Reshape", bound, prologue.constant(-1, 1, 1, 1)))
+    return prologue.node("Less", places, prologue.node("Reshape", bound, prologue.ints(-1, 1, 1, 1)))

@@ -8,11 +8,12 @@ logits.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
-from ...graph import Node, element_name
-from ..caches import DecoderGraph, Port, is_float_cast
+from ...graph import Node
+from ..caches import Ports
+from ..decoder_graph import DecoderGraph
+from ..match import MaskTerm, Match, MissError, Operand
 from ..matching.axes import (
     check_sums_to_one,
     followed,
@@ -24,77 +25,111 @@ from ..matching.axes import (
     spelled_term,
     value_letters,
 )
-from ..matching.cache_view import cache_view, data_input, factor
-from ..matching.operands import cache_sizes, new_tokens
-from ..matching.scores import scores_before
+from ..matching.cache_view import Axes, CacheView, cache_view, data_input, factor
+from ..matching.operands import head_sizes, new_tokens
+from ..matching.scores import Scores, scores_before
 from ..matching.softmax import Softmax, check_axis, read_softmax
-from ..matching.weights import weights_after
-from ..site import MissError, Operand, Site
+from ..matching.weights import Mixing, weights_after
 
 FAMILY = "decomposed"
 ANCHORS = ("Softmax", "Div")
-PORTS: Mapping[str, tuple[Port, ...]] = {}
+PORTS: Ports = {}
 
 
-def match(decoder: DecoderGraph, node: Node) -> Site | None:
-    """The site around a softmax that ends in this node; None if it is not over a cache."""
+@dataclass(frozen=True, slots=True)
+class _Attention:
+    """The parts of one attention, in the order in which they run."""
+
+    keys: CacheView
+    scores: Scores
+    softmax: Softmax
+    values: CacheView
+    mixing: Mixing
+
+
+def match(decoder: DecoderGraph, node: Node) -> Match | None:
+    """The attention around a softmax that ends in this node; None if it is not over a cache that grows."""
+    found = written_out(decoder, node, fixed=True)
+    if found is not None:
+        raise MissError(
+            f"cache {found.caches[0].input!r} is a buffer of fixed size; expected attention that is told how much it "
+            "holds"
+        )
+    return written_out(decoder, node, fixed=False)
+
+
+def written_out(decoder: DecoderGraph, node: Node, *, fixed: bool) -> Match | None:
+    """The same for caches that are buffers of fixed size, or that are none."""
+    found = _find(decoder, node, fixed)
+    return None if found is None else _prove(decoder, found)
+
+
+def _find(decoder: DecoderGraph, node: Node, fixed: bool) -> _Attention | None:
     softmax = read_softmax(decoder, node)
-    return None if softmax is None else _match(decoder, softmax)
-
-
-def _match(decoder: DecoderGraph, softmax: Softmax) -> Site | None:
-    scores = scores_before(decoder, softmax.input)
+    scores = None if softmax is None else scores_before(decoder, softmax.input)
     keys = None if scores is None else cache_view(decoder, scores.product.right)
-    if scores is None or keys is None:
+    if softmax is None or scores is None or keys is None or keys.cache.fixed != fixed:
         return None
     check_axis(decoder, softmax)
-    weights = weights_after(decoder, softmax.output, scores.sink)
-    if weights is None:
+    mixing = weights_after(decoder, softmax.output, scores.sink)
+    if mixing is None:
         raise MissError("the attention weights do not lead to one MatMul with the values of a cache")
-    first, last = scores.product.node, weights.product.node
-    values = cache_view(decoder, weights.product.right)
+    product = mixing.product
+    values = cache_view(decoder, product.right)
     if values is None:
-        raise MissError(f"{last}: expected the values of a cache, got {weights.product.right!r}")
+        raise MissError(f"{product.node}: expected the values of a cache, got {product.right!r}")
+    if values.cache.fixed != fixed:
+        raise MissError(f"{product.node}: values and keys come from a buffer of fixed size and a cache that grows")
     if values.scale != 1.0:
-        raise MissError(f"{last}: values multiplied by {values.scale}; expected as they are in the cache")
-    of_keys, of_values = key_letters(scores.product, keys), value_letters(weights.product, values)
+        raise MissError(f"{product.node}: values multiplied by {values.scale}; expected as they are in the cache")
+    return _Attention(keys, scores, softmax, values, mixing)
+
+
+def _prove(decoder: DecoderGraph, found: _Attention) -> Match:
+    keys, scores, values, mixing = found.keys, found.scores, found.values, found.mixing
+    first, last = scores.product.node, mixing.product.node
+    of_keys, of_values = key_letters(scores.product, keys), value_letters(mixing.product, values)
     query_axes, score_axes = query_and_scores(decoder, scores.product, keys, of_keys)
-    inner = (*scores.nodes, *softmax.nodes, *weights.nodes[:-1])
-    axes = followed(decoder, inner, first.outputs[0], score_axes)
-    check_sums_to_one(softmax.nodes[-1], axes[softmax.input])
-    out_axes = result(weights.product, values, of_values, axes[weights.product.left])
+    axes = _axes_between(decoder, found, score_axes)
+    out_axes = result(mixing.product, values, of_values, axes[mixing.product.left])
     key, value = new_tokens(keys, of_keys), new_tokens(values, of_values)
     query, query_scale = _query(decoder, scores.product.left)
-    kv_heads, k_head_size = cache_sizes(decoder, keys, key)
-    v_heads, v_head_size = cache_sizes(decoder, values, value)
-    if kv_heads != v_heads:
-        raise MissError(f"keys have {kv_heads} heads, values {v_heads}; expected the same")
-    if scores.sink and spelled(first, axes[scores.sunk], "T") not in ("BHST", "BKGST"):
-        raise MissError(f"{first}: sink logits joined to merged axes; expected (batch, heads, tokens, tokens)")
-    mask = tuple(replace(met.term, layout=spelled_term(met.node, axes[met.scores], met.shape)) for met in scores.mask)
-    covered = {n.index for part in (scores, softmax, weights) for n in part.nodes}
-    return Site(
-        layer=-1,
-        family=FAMILY,
-        node=softmax.name,
+    caches = (keys.cache, values.cache)
+    kv_heads, k_head_size, v_head_size = head_sizes(decoder, caches, (key.layout, value.layout))
+    nodes = (*scores.nodes, *found.softmax.nodes, *mixing.nodes)
+    return Match(
         query=Operand(query, spelled(first, query_axes, "D")),
         key=key,
         value=value,
         output=Operand(last.outputs[0], spelled(last, out_axes, "D")),
-        cache_inputs=(keys.cache.input, values.cache.input),
-        cache_outputs=(keys.cache.output, values.cache.output),
-        covered=frozenset(covered | keys.covered | values.covered),
+        caches=caches,
+        nodes=frozenset(node.index for node in nodes) | keys.indices | values.indices,
         q_heads=kv_heads * group_size(first, score_axes),
         kv_heads=kv_heads,
         k_head_size=k_head_size,
         v_head_size=v_head_size,
-        element=element_name(decoder.graph.inputs[keys.cache.input]),
         scale=scores.scale * keys.scale * query_scale,
-        mask=mask,
+        mask=_mask(scores, axes),
         head_sink=scores.sink,
         softcap=scores.softcap,
-        nan_to_zero=weights.nan_to_zero or scores.floored,
+        nan_to_zero=mixing.nan_to_zero or scores.floored,
     )
+
+
+def _axes_between(decoder: DecoderGraph, found: _Attention, score_axes: Axes) -> dict[str, Axes]:
+    """Axes of every tensor from the scores to the weights."""
+    scores, softmax, mixing = found.scores, found.softmax, found.mixing
+    first = scores.product.node
+    inner = (*scores.nodes, *softmax.nodes, *mixing.nodes[:-1])
+    axes = followed(decoder, inner, first.outputs[0], score_axes)
+    check_sums_to_one(softmax.nodes[-1], axes[softmax.input])
+    if scores.sink and spelled(first, axes[scores.sunk], "T") not in ("BHST", "BKGST"):
+        raise MissError(f"{first}: sink logits joined to merged axes; expected (batch, heads, tokens, tokens)")
+    return axes
+
+
+def _mask(scores: Scores, axes: dict[str, Axes]) -> tuple[MaskTerm, ...]:
+    return tuple(replace(met.term, layout=spelled_term(met.node, axes[met.scores], met.shape)) for met in scores.mask)
 
 
 def _query(decoder: DecoderGraph, tensor: str) -> tuple[str, float]:
@@ -111,7 +146,7 @@ def _query(decoder: DecoderGraph, tensor: str) -> tuple[str, float]:
                 break
             scale *= factor(decoder, node, source)
             tensor = source
-        elif is_float_cast(decoder.shapes, node):
+        elif decoder.is_float_cast(node):
             tensor = node.inputs[0]
         else:
             break

@@ -8,20 +8,19 @@ Source: ContribOperators.md; the CPU kernel (positions, order of softcap, bias a
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from typing import Any
 
-from ...graph import Node, element_name
-from ..caches import PAST_LENGTH, CacheTensor, DecoderGraph, Port
+from ...graph import Node
+from ..caches import CacheTensor, Port, Ports
+from ..decoder_graph import PAST_LENGTH, DecoderGraph
+from ..match import Added, MaskTerm, Match, MissError, Operand
 from ..matching.softmax import reduced_axes
 from ..prologue import CONTRIB, Prologue
-from ..site import Added, MaskTerm, MissError, Operand, Site
-from .contrib import attention_scale, joined_cache, refuse
+from .contrib import contrib_scale, joined_cache, refuse
 
 FAMILY = "gqa"
 ANCHORS = ("com.microsoft.GroupQueryAttention",)
-PORTS: Mapping[str, tuple[Port, ...]] = {
-    ANCHORS[0]: (Port(3, 1, 2, fixed="sliding_window_cache"), Port(4, 2, 2, fixed="sliding_window_cache"))
-}
+PORTS: Ports = {ANCHORS[0]: (Port(3, 1, 2, fixed="sliding_window_cache"), Port(4, 2, 2, fixed="sliding_window_cache"))}
 
 QUERY, KEY, VALUE, PAST_KEY, PAST_VALUE, SEQLENS, TOTAL, COS, SIN, POSITIONS, BIAS, SINK = range(12)
 REFUSED_INPUTS = {
@@ -38,8 +37,8 @@ PADDED_ROWS = "rows_must_be_of_one_length"
 LOWEST = -3.4028234663852886e38
 
 
-def match(decoder: DecoderGraph, node: Node) -> Site | None:
-    """The site of a GroupQueryAttention node; None if it reads no cache."""
+def match(decoder: DecoderGraph, node: Node) -> Match | None:
+    """The match of a GroupQueryAttention node; None if it reads no cache."""
     keys, values = joined_cache(decoder, node, PAST_KEY, 1), joined_cache(decoder, node, PAST_VALUE, 2)
     if keys is None or values is None:
         return None
@@ -50,56 +49,60 @@ def match(decoder: DecoderGraph, node: Node) -> Site | None:
     head_size = _head_size(decoder, node, keys, q_heads, kv_heads)
     window = max(int(node.attr("local_window_size", -1)), 0)
     prologue = Prologue(decoder.graph)
-    query, key, value = _operands(prologue, node, q_heads, kv_heads)
-    if node.attr("do_rotary", 0):
-        query, key = _rotated(decoder, prologue, node, (query, key), head_size)
-    sink = node.input(SINK)
-    if not sink and node.attr("smooth_softmax", -1) == 1:
-        sink = prologue.constant(*[0.0] * q_heads)
-    bias = node.input(BIAS)
-    mask: tuple[MaskTerm, ...] = (Added(_padding(decoder, prologue, node, window)),)
-    return Site(
-        layer=-1,
-        family=FAMILY,
-        node=node.name,
+    query, key, value = _operands(decoder, prologue, node, head_size)
+    sink = _sink(prologue, node, q_heads)
+    mask = _mask(decoder, prologue, node, window)
+    return Match(
         query=Operand(query),
         key=Operand(key),
         value=Operand(value),
         output=Operand(node.outputs[0], "BS(HD)"),
-        cache_inputs=(keys.input, values.input),
-        cache_outputs=(keys.output, values.output),
-        covered=frozenset({node.index}) | keys.nodes | values.nodes,
+        caches=(keys, values),
+        nodes=frozenset({node.index}),
         q_heads=q_heads,
         kv_heads=kv_heads,
         k_head_size=head_size,
         v_head_size=head_size,
-        element=element_name(decoder.graph.inputs[keys.input]),
-        scale=attention_scale(node, head_size),
-        mask=(*mask, Added(bias)) if bias else mask,
+        scale=contrib_scale(node, head_size),
+        mask=mask,
         head_sink=sink,
         softcap=float(node.attr("softcap", 0.0)),
         is_causal=True,
         window=window,
         prologue=prologue.parts,
         capacity=window if node.attr("sliding_window_cache", 0) else 0,
+        pads_right=True,
     )
+
+
+def _sink(prologue: Prologue, node: Node, q_heads: int) -> str:
+    """The sink logits, which smooth_softmax has at 0."""
+    smooth = not node.input(SINK) and node.attr("smooth_softmax", -1) == 1
+    return prologue.floats(*[0.0] * q_heads) if smooth else node.input(SINK)
+
+
+def _mask(decoder: DecoderGraph, prologue: Prologue, node: Node, window: int) -> tuple[MaskTerm, ...]:
+    padding, bias = Added(_padding(decoder, prologue, node, window)), node.input(BIAS)
+    return (padding, Added(bias)) if bias else (padding,)
 
 
 def _head_size(decoder: DecoderGraph, node: Node, keys: CacheTensor, q_heads: int, kv_heads: int) -> int | None:
     heads = q_heads if node.input(KEY) else q_heads + 2 * kv_heads
-    hidden, declared = ((decoder.shapes.shape(name) or (None,))[-1] for name in (node.inputs[QUERY], keys.input))
-    if isinstance(hidden, int):
-        return hidden // heads
-    return declared if isinstance(declared, int) else None
+    hidden = decoder.last_size(node.inputs[QUERY])
+    return decoder.last_size(keys.input) if hidden is None else hidden // heads
 
 
-def _operands(prologue: Prologue, node: Node, q_heads: int, kv_heads: int) -> tuple[str, ...]:
-    """Query, key and value as (B, H, S, D)."""
-    if not node.input(KEY):
-        packed = prologue.heads_first(node.inputs[QUERY], q_heads + 2 * kv_heads)
-        return prologue.split(packed, 1, q_heads, kv_heads, kv_heads)
+def _operands(decoder: DecoderGraph, prologue: Prologue, node: Node, head_size: int | None) -> tuple[str, str, str]:
+    """Query, key and value as (B, H, S, D), turned by their positions if the node does that."""
+    q_heads, kv_heads = int(node.attr("num_heads")), int(node.attr("kv_num_heads"))
     heads = (q_heads, kv_heads, kv_heads)
-    return tuple(prologue.heads_first(name, n) for name, n in zip(node.inputs[:3], heads, strict=True))
+    if node.input(KEY):
+        query, key, value = (prologue.heads_first(name, n) for name, n in zip(node.inputs[:3], heads, strict=True))
+    else:
+        query, key, value = prologue.split(prologue.heads_first(node.inputs[QUERY], sum(heads)), 1, *heads)
+    if node.attr("do_rotary", 0):
+        query, key = _rotated(decoder, prologue, node, (query, key), head_size)
+    return query, key, value
 
 
 def _rotated(
@@ -110,28 +113,21 @@ def _rotated(
     pairs = table[1] if table and len(table) == 2 else None
     if not isinstance(pairs, int) or head_size is None or not node.input(SIN):
         raise MissError("do_rotary: the sizes of cos_cache and of the heads are not known")
-    partial = {} if pairs * 2 == head_size else {"rotary_embedding_dim": pairs * 2}
     tables = (_checked(prologue, _positions(prologue, node), node.inputs[COS]), node.inputs[COS], node.inputs[SIN])
     interleaved = int(node.attr("rotary_interleaved", 0))
-    heads = (int(node.attr("num_heads")), int(node.attr("kv_num_heads")))
-    query, key = (
-        prologue.node(
-            "RotaryEmbedding",
-            tensor,
-            *tables,
-            domain=CONTRIB,
-            interleaved=interleaved,
-            **(partial and partial | {"num_heads": n}),
-        )
-        for tensor, n in zip(tensors, heads, strict=True)
-    )
-    return query, key
+
+    def turned(tensor: str, heads: int) -> str:
+        partial: dict[str, Any] = {"rotary_embedding_dim": pairs * 2, "num_heads": heads}
+        more = {} if pairs * 2 == head_size else partial
+        return prologue.node("RotaryEmbedding", tensor, *tables, domain=CONTRIB, interleaved=interleaved, **more)
+
+    return turned(tensors[0], int(node.attr("num_heads"))), turned(tensors[1], int(node.attr("kv_num_heads")))
 
 
 def _checked(prologue: Prologue, positions: str, table: str) -> str:
     """The positions, which older RotaryEmbedding kernels look up beyond the table's end as well."""
     within = prologue.node("Less", positions, prologue.size(table, 0))
-    return prologue.node("Add", positions, prologue.int64(prologue.require(within, BEYOND_TABLE)))
+    return prologue.node("Add", positions, prologue.cast(prologue.require(within, BEYOND_TABLE), "int64"))
 
 
 def _positions(prologue: Prologue, node: Node) -> str:
@@ -139,18 +135,18 @@ def _positions(prologue: Prologue, node: Node) -> str:
     counted_S = prologue.counted(prologue.size(node.inputs[QUERY], 1))
     given = node.input(POSITIONS)
     if given:
-        first = prologue.node("Slice", given, prologue.constant(0, 0), prologue.constant(1, 1))
+        first = prologue.node("Slice", given, prologue.ints(0, 0), prologue.ints(1, 1))
         of_prompt = prologue.node("Add", first, counted_S)
-        is_prompt = prologue.node("Equal", PAST_LENGTH, prologue.constant(0))
+        is_prompt = prologue.node("Equal", PAST_LENGTH, prologue.ints(0))
         return prologue.node("Where", is_prompt, of_prompt, given)
     held_B1 = prologue.node("Sub", _lengths(prologue, node), prologue.size(node.inputs[QUERY], 1))
-    return prologue.node("Add", prologue.node("Max", held_B1, prologue.constant(0)), counted_S)
+    return prologue.node("Add", prologue.node("Max", held_B1, prologue.ints(0)), counted_S)
 
 
 def _lengths(prologue: Prologue, node: Node) -> str:
     """Tokens of each row, new ones included, (B, 1)."""
-    last = prologue.node("Reshape", prologue.int64(node.inputs[SEQLENS]), prologue.constant(-1, 1))
-    return prologue.node("Add", last, prologue.constant(1))
+    last = prologue.node("Reshape", prologue.cast(node.inputs[SEQLENS], "int64"), prologue.ints(-1, 1))
+    return prologue.node("Add", last, prologue.ints(1))
 
 
 def _padding(decoder: DecoderGraph, prologue: Prologue, node: Node, window: int) -> str:
@@ -159,16 +155,16 @@ def _padding(decoder: DecoderGraph, prologue: Prologue, node: Node, window: int)
     A first prompt needs nothing: its padding comes last, where no token sees it. Later, padding that the mask shows
     lies where it was fed, unless the newest token is among it: then the caller moves it to the end at each step.
     """
-    is_prompt = prologue.node("Equal", PAST_LENGTH, prologue.constant(0))
+    is_prompt = prologue.node("Equal", PAST_LENGTH, prologue.ints(0))
     mask_BT = "" if window else summed_mask(decoder, node.inputs[SEQLENS])
     if not mask_BT:
         whole = prologue.node("Equal", _lengths(prologue, node), prologue.total_tokens(node.inputs[QUERY]))
         shown = prologue.require(prologue.node("Or", whole, is_prompt), PADDED_ROWS)
         return prologue.unsqueeze(shown, 1, 2, 3)
-    first, last = (prologue.bool(prologue.node("Gather", mask_BT, prologue.constant(i), axis=1)) for i in (0, -1))
+    first, last = (prologue.cast(prologue.node("Gather", mask_BT, prologue.ints(i), axis=1), "bool") for i in (0, -1))
     followed = prologue.node("And", first, prologue.node("Or", last, is_prompt))
     shown = prologue.require(followed, PADDING_MOVED)
-    shown_BT = prologue.node("Where", prologue.bool(mask_BT), shown, prologue.scalar(LOWEST))
+    shown_BT = prologue.node("Where", prologue.cast(mask_BT, "bool"), shown, prologue.scalar(LOWEST))
     return prologue.unsqueeze(shown_BT, 1, 2)
 
 

@@ -7,29 +7,29 @@ Source: ContribOperators.md; the CPU kernel (mask forms).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
 
-from ...graph import Node, element_name
-from ..caches import DecoderGraph, Port
-from ..matching.cache_view import CacheView, cache_view
-from ..matching.operands import cache_operand, cache_sizes
+from ...graph import Node
+from ..caches import Port, Ports
+from ..decoder_graph import DecoderGraph
+from ..layouts import HEADS_FIRST
+from ..match import Added, MaskTerm, Match, MissError, Operand
+from ..matching.cache_view import CacheView, cache_view, check_grows
+from ..matching.operands import cache_operand, head_sizes
 from ..prologue import Prologue
-from ..site import Added, MaskTerm, MissError, Operand, Site
-from .contrib import attention_scale, joined_cache, padding_mask, refuse
+from .contrib import contrib_scale, joined_cache, padding_mask, refuse
 
 FAMILY = "mha"
 ANCHORS = ("com.microsoft.MultiHeadAttention",)
-PORTS: Mapping[str, tuple[Port, ...]] = {ANCHORS[0]: (Port(6, 1, 2), Port(7, 2, 2))}
+PORTS: Ports = {ANCHORS[0]: (Port(6, 1, 2), Port(7, 2, 2))}
 
 QUERY, KEY, VALUE, INPUT_BIAS, PADDING, BIAS, PAST_KEY, PAST_VALUE = range(8)
 REFUSED_INPUTS = {8: "the past length of a shared buffer", 9: "the beams of a shared buffer"}
 LAYOUT = "BS(HD)"
 
 
-def match(decoder: DecoderGraph, node: Node) -> Site | None:
-    """The site of a MultiHeadAttention node; None if it reads no cache."""
-    prologue = Prologue(decoder.graph)
+def match(decoder: DecoderGraph, node: Node) -> Match | None:
+    """The match of a MultiHeadAttention node; None if it reads no cache."""
     inside = bool(joined_cache(decoder, node, PAST_KEY, 1) and joined_cache(decoder, node, PAST_VALUE, 2))
     keys, values = (_view(decoder, name) for name in (node.outputs[1:3] if inside else (*node.inputs, "", "")[1:3]))
     if keys is None:
@@ -40,44 +40,38 @@ def match(decoder: DecoderGraph, node: Node) -> Site | None:
     causal = bool(node.attr("unidirectional", 0))
     if causal and not inside:
         raise MissError("unidirectional over a cache joined outside counts positions from 0, not from the past")
+    prologue = Prologue(decoder.graph)
     if inside:
         query, key, value = (Operand(name, LAYOUT) for name in _biased(decoder, prologue, node))
-        lies = Operand("", "BHSD"), Operand("", "BHSD")
     else:
         query = Operand(_biased_query(decoder, prologue, node), LAYOUT)
-        key, value = lies = cache_operand(keys, node), cache_operand(values, node)
-    (kv_heads, k_head_size), (v_heads, v_head_size) = (
-        cache_sizes(decoder, view, operand) for view, operand in zip((keys, values), lies, strict=True)
-    )
-    heads = int(node.attr("num_heads"))
-    if kv_heads != v_heads or heads % kv_heads:
-        raise MissError(f"{heads} query heads, {kv_heads} key heads, {v_heads} value heads; expected multiples")
-    mask: tuple[MaskTerm, ...] = ()
-    if node.input(PADDING):
-        mask += (padding_mask(decoder, prologue, node, node.inputs[PADDING], batch_of=node.inputs[QUERY]),)
-    if node.input(BIAS):
-        mask += (Added(node.inputs[BIAS]),)
-    return Site(
-        layer=-1,
-        family=FAMILY,
-        node=node.name,
+        key, value = cache_operand(keys, node), cache_operand(values, node)
+    heads, caches = int(node.attr("num_heads")), (keys.cache, values.cache)
+    layouts = (HEADS_FIRST, HEADS_FIRST) if inside else (key.layout, value.layout)
+    kv_heads, k_head_size, v_head_size = head_sizes(decoder, caches, layouts, heads)
+    mask = _mask(decoder, prologue, node)
+    return Match(
         query=query,
         key=key,
         value=value,
         output=Operand(node.outputs[0], LAYOUT),
-        cache_inputs=(keys.cache.input, values.cache.input),
-        cache_outputs=(keys.cache.output, values.cache.output),
-        covered=keys.covered | values.covered | {node.index},
+        caches=caches,
+        nodes=keys.indices | values.indices | {node.index},
         q_heads=heads,
         kv_heads=kv_heads,
         k_head_size=k_head_size,
         v_head_size=v_head_size,
-        element=element_name(decoder.graph.inputs[keys.cache.input]),
-        scale=attention_scale(node, k_head_size),
+        scale=contrib_scale(node, k_head_size),
         mask=mask,
         is_causal=causal,
         prologue=prologue.parts,
     )
+
+
+def _mask(decoder: DecoderGraph, prologue: Prologue, node: Node) -> tuple[MaskTerm, ...]:
+    padding, bias = node.input(PADDING), node.input(BIAS)
+    terms: tuple[MaskTerm, ...] = (Added(bias),) if bias else ()
+    return (padding_mask(decoder, prologue, node, padding, batch_of=node.inputs[QUERY]), *terms) if padding else terms
 
 
 def _biased(decoder: DecoderGraph, prologue: Prologue, node: Node) -> tuple[str, ...]:
@@ -87,8 +81,7 @@ def _biased(decoder: DecoderGraph, prologue: Prologue, node: Node) -> tuple[str,
         raise MissError(f"{node.op}: packed operands; expected query, key and value of 3 axes")
     if not node.input(INPUT_BIAS):
         return names
-    widths = [(decoder.shapes.shape(name) or (None,))[-1] for name in names]
-    sizes = [width for width in widths if isinstance(width, int)]
+    sizes = [width for name in names if (width := decoder.last_size(name)) is not None]
     if len(sizes) != len(names):
         raise MissError(f"{node.op}: a bias whose parts are not known, for the widths of query, key and value are not")
     parts = prologue.split(node.inputs[INPUT_BIAS], 0, *sizes)
@@ -100,8 +93,8 @@ def _biased_query(decoder: DecoderGraph, prologue: Prologue, node: Node) -> str:
     query, bias = node.inputs[QUERY], node.input(INPUT_BIAS)
     if not bias:
         return query
-    width, values = (decoder.shapes.shape(query) or (None,))[-1], decoder.graph.constant(bias)
-    if not isinstance(width, int) or values is None or values[width:].any():
+    width, values = decoder.last_size(query), decoder.graph.constant(bias)
+    if width is None or values is None or values[width:].any():
         raise MissError(
             f"{node.op}: input {INPUT_BIAS}, the bias of a projection of what is in the cache already, is given; "
             "expected none, or zeros for keys and values"
@@ -113,6 +106,8 @@ def _biased_query(decoder: DecoderGraph, prologue: Prologue, node: Node) -> str:
 def _view(decoder: DecoderGraph, tensor: str) -> CacheView | None:
     """What a tensor shows of a cache as (B, H, T, D), which may be merged to (B, T, heads * D)."""
     view = cache_view(decoder, tensor) if tensor else None
+    if view is not None:
+        check_grows(view)
     if view is not None and len(view.axes) == 3:
         batch, tokens, heads = view.axes
         return replace(view, axes=(batch, heads[:-1], tokens, heads[-1:]))

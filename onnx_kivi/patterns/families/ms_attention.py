@@ -7,24 +7,23 @@ Source: ContribOperators.md; the CPU kernel (what it refuses: rotary, masks of 4
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
-from ...graph import Node, element_name
-from ..caches import DecoderGraph, Port
+from ...graph import Node
+from ..caches import Port, Ports
+from ..decoder_graph import DecoderGraph
+from ..match import Match, MissError, Operand
 from ..prologue import Prologue
-from ..site import MissError, Operand, Site
-from .contrib import attention_scale, joined_cache, padding_mask, refuse
+from .contrib import contrib_scale, joined_cache, padding_mask, refuse
 
 FAMILY = "ms_attention"
 ANCHORS = ("com.microsoft.Attention",)
-PORTS: Mapping[str, tuple[Port, ...]] = {ANCHORS[0]: (Port(4, 1, 3),)}
+PORTS: Ports = {ANCHORS[0]: (Port(4, 1, 3),)}
 
 INPUT, WEIGHTS, INPUT_BIAS, MASK, PAST = range(5)
 REFUSED_INPUTS = {5: "a bias of the scores beside a past", 6: "the past length of a shared buffer"}
 
 
-def match(decoder: DecoderGraph, node: Node) -> Site | None:
-    """The site of an Attention node; None if it has no past."""
+def match(decoder: DecoderGraph, node: Node) -> Match | None:
+    """The match of an Attention node; None if it has no past."""
     cache = joined_cache(decoder, node, PAST, 1)
     if cache is None:
         return None
@@ -35,42 +34,40 @@ def match(decoder: DecoderGraph, node: Node) -> Site | None:
     heads = int(node.attr("num_heads"))
     head_size = _head_size(decoder, node, cache.input, heads)
     prologue = Prologue(decoder.graph)
-    projected = prologue.node("MatMul", node.inputs[INPUT], node.inputs[WEIGHTS])
-    if node.input(INPUT_BIAS):
-        projected = prologue.node("Add", projected, node.inputs[INPUT_BIAS])
-    query, key, value = prologue.split(prologue.heads_first(projected, 3 * heads), 1, heads, heads, heads)
+    query, key, value = (Operand(name) for name in _projected(prologue, node, heads))
     mask = node.input(MASK)
     terms = (padding_mask(decoder, prologue, node, mask, batch_of=node.inputs[INPUT]),) if mask else ()
-    return Site(
-        layer=-1,
-        family=FAMILY,
-        node=node.name,
-        query=Operand(query),
-        key=Operand(key),
-        value=Operand(value),
+    return Match(
+        query=query,
+        key=key,
+        value=value,
         output=Operand(node.outputs[0], "BS(HD)"),
-        cache_inputs=(cache.input,),
-        cache_outputs=(cache.output,),
-        covered=cache.nodes | {node.index},
+        caches=(cache,),
+        nodes=frozenset({node.index}),
         q_heads=heads,
         kv_heads=heads,
         k_head_size=head_size,
         v_head_size=head_size,
-        element=element_name(decoder.graph.inputs[cache.input]),
-        scale=attention_scale(node, head_size),
+        scale=contrib_scale(node, head_size),
         mask=terms,
         is_causal=bool(node.attr("unidirectional", 0)),
         prologue=prologue.parts,
     )
 
 
+def _projected(prologue: Prologue, node: Node, heads: int) -> tuple[str, ...]:
+    """Query, key and value, (B, heads, S, D)."""
+    projected = prologue.node("MatMul", node.inputs[INPUT], node.inputs[WEIGHTS])
+    if node.input(INPUT_BIAS):
+        projected = prologue.node("Add", projected, node.inputs[INPUT_BIAS])
+    return prologue.split(prologue.heads_first(projected, 3 * heads), 1, heads, heads, heads)
+
+
 def _head_size(decoder: DecoderGraph, node: Node, past: str, heads: int) -> int | None:
     """Of queries, keys and values alike, as the packed cache needs."""
     if len(set(node.attr("qkv_hidden_sizes", ()))) > 1:
         raise MissError(f"{node.op}: qkv_hidden_sizes differ; expected the same, as one cache holds keys and values")
-    declared, weights = decoder.shapes.shape(past), decoder.shapes.shape(node.inputs[WEIGHTS])
-    size = declared[-1] if declared else None
-    if isinstance(size, int):
-        return size
-    width = weights[-1] if weights else None
-    return width // (3 * heads) if isinstance(width, int) else None
+    size, width = decoder.last_size(past), decoder.last_size(node.inputs[WEIGHTS])
+    if size is None and width is not None:
+        return width // (3 * heads)
+    return size

@@ -7,74 +7,88 @@ past that the node itself joins (ONNX operator specification, Attention).
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from dataclasses import replace
 
-from ...graph import BOOL, Node, element_name
-from ..caches import DecoderGraph, Port
+from ...graph import BOOL, Node
+from ..caches import Port, Ports
+from ..decoder_graph import DecoderGraph
+from ..layouts import HEADS_FIRST, SCORES
+from ..match import Added, Filled, MaskTerm, Match, MissError, Operand
 from ..matching.cache_view import CacheView, cache_view
-from ..matching.operands import cache_operand, cache_sizes
-from ..site import SCORES, Added, Filled, MaskTerm, MissError, Operand, Site
+from ..matching.operands import cache_operand, head_sizes
 
 FAMILY = "onnx_attention"
 ANCHORS = ("Attention",)
-PORTS: Mapping[str, tuple[Port, ...]] = {"Attention": (Port(4, 1, 2), Port(5, 2, 2))}
+PORTS: Ports = {"Attention": (Port(4, 1, 2), Port(5, 2, 2))}
 
-MASK, NONPAD, SCORES_OUTPUT = 3, 6, 3
+MASK, PAST_KEY, NONPAD, SCORES_OUTPUT = 3, 4, 6, 3
 
 
-def match(decoder: DecoderGraph, node: Node) -> Site | None:
-    """The site of an Attention node; None if it reads no cache."""
-    inside = bool(node.input(4))
-    if node.inputs[1] in decoder.caches and decoder.caches[node.inputs[1]].fixed:
+def match(decoder: DecoderGraph, node: Node) -> Match | None:
+    """The match of an Attention node; None if it reads no cache that grows."""
+    found = attention(decoder, node, fixed=False)
+    if found is None:
         return None
+    if node.input(NONPAD):
+        raise MissError("nonpad_kv_seqlen over a cache joined by Concat; expected a mask")
+    causal, window = causality(node)
+    return replace(found, is_causal=causal, window=window)
+
+
+def attention(decoder: DecoderGraph, node: Node, *, fixed: bool) -> Match | None:
+    """The node over caches that are buffers of fixed size, or that are none; its causality is yet to be told."""
+    inside = bool(node.input(PAST_KEY))
     keys, values = (_view(decoder, node, name) for name in (node.outputs[1:3] if inside else node.inputs[1:3]))
-    if keys is None:
+    if keys is None or keys.cache.fixed != fixed:
         return None
     if values is None:
         raise MissError(f"expected the values of a cache, got {node.inputs[2]!r}")
-    if node.input(NONPAD):
-        raise MissError("nonpad_kv_seqlen over a cache joined by Concat; expected a mask")
-    if len(node.outputs) > SCORES_OUTPUT and node.outputs[SCORES_OUTPUT]:
-        raise MissError("the scores are an output of the node; expected only the attention result")
-    if values.scale != 1.0:
-        raise MissError(f"values multiplied by {values.scale}; expected as they are in the cache")
-    layout, q_heads = query_layout(decoder, node)
+    _check(node, keys, values)
+    layout, q_heads = _query_layout(decoder, node)
     if inside:
         key, value = (Operand(name, layout) for name in node.inputs[1:3])
     else:
         key, value = (cache_operand(view, node) for view in (keys, values))
-    kv_heads, k_head_size = cache_sizes(decoder, keys, key if not inside else Operand("", "BHSD"))
-    v_heads, v_head_size = cache_sizes(decoder, values, value if not inside else Operand("", "BHSD"))
-    if kv_heads != v_heads or q_heads % kv_heads:
-        raise MissError(f"{q_heads} query heads, {kv_heads} key heads, {v_heads} value heads; expected multiples")
-    causal, window = _causality(node, inside)
-    return Site(
-        layer=-1,
-        family=FAMILY,
-        node=node.name,
+    caches = (keys.cache, values.cache)
+    layouts = (HEADS_FIRST, HEADS_FIRST) if inside else (key.layout, value.layout)
+    kv_heads, k_head_size, v_head_size = head_sizes(decoder, caches, layouts, q_heads)
+    return Match(
         query=Operand(node.inputs[0], layout),
         key=key,
         value=value,
         output=Operand(node.outputs[0], layout),
-        cache_inputs=(keys.cache.input, values.cache.input),
-        cache_outputs=(keys.cache.output, values.cache.output),
-        covered=frozenset(
-            {node.index, *(n.index for view in (keys, values) for n in view.nodes)}
-            | keys.cache.nodes
-            | values.cache.nodes
-        ),
+        caches=caches,
+        nodes=keys.indices | values.indices | {node.index},
         q_heads=q_heads,
         kv_heads=kv_heads,
         k_head_size=k_head_size,
         v_head_size=v_head_size,
-        element=element_name(decoder.graph.inputs[keys.cache.input]),
-        scale=attention_scale(node, k_head_size) * keys.scale,
-        mask=attention_mask(decoder, node),
+        scale=_scale(node, k_head_size) * keys.scale,
+        mask=_mask(decoder, node),
         softcap=float(node.attr("softcap", 0.0)),
-        is_causal=causal,
-        window=window,
         nan_to_zero=True,
     )
+
+
+def causality(node: Node) -> tuple[bool, int]:
+    """Whether the node is causal, and its window. Raises MissError if it counts from elsewhere than the past."""
+    left, right = node.attr("left_window_size", -1), node.attr("right_window_size", -1)
+    causal = bool(node.attr("is_causal", 0))
+    if (causal or left >= 0 or right >= 0) and not node.input(PAST_KEY):
+        raise MissError("is_causal or a window over a cache joined outside counts positions from 0, not from the past")
+    if (left >= 0 or right > 0) and not causal:
+        raise MissError(f"a window of {left} and {right} tokens without is_causal; expected a causal one")
+    return causal, left + 1
+
+
+def _check(node: Node, keys: CacheView, values: CacheView) -> None:
+    """Raise MissError unless the values are of a cache like the keys', and the result is all that is read."""
+    if values.cache.fixed != keys.cache.fixed:
+        raise MissError(f"expected values from a buffer if the keys are, and only then, got {node.inputs[2]!r}")
+    if len(node.outputs) > SCORES_OUTPUT and node.outputs[SCORES_OUTPUT]:
+        raise MissError("the scores are an output of the node; expected only the attention result")
+    if values.scale != 1.0:
+        raise MissError(f"values multiplied by {values.scale}; expected as they are in the cache")
 
 
 def _view(decoder: DecoderGraph, node: Node, tensor: str) -> CacheView | None:
@@ -84,7 +98,7 @@ def _view(decoder: DecoderGraph, node: Node, tensor: str) -> CacheView | None:
     return view
 
 
-def query_layout(decoder: DecoderGraph, node: Node) -> tuple[str, int]:
+def _query_layout(decoder: DecoderGraph, node: Node) -> tuple[str, int]:
     """How the query lies, and its heads."""
     shape = decoder.shapes.shape(node.inputs[0])
     if shape is not None and len(shape) == 3 and node.attr("q_num_heads"):
@@ -94,17 +108,7 @@ def query_layout(decoder: DecoderGraph, node: Node) -> tuple[str, int]:
     return "BHSD", shape[1]
 
 
-def _causality(node: Node, inside: bool) -> tuple[bool, int]:
-    left, right = node.attr("left_window_size", -1), node.attr("right_window_size", -1)
-    causal = bool(node.attr("is_causal", 0))
-    if (causal or left >= 0 or right >= 0) and not inside:
-        raise MissError("is_causal or a window over a cache joined outside counts positions from 0, not from the past")
-    if (left >= 0 or right > 0) and not causal:
-        raise MissError(f"a window of {left} and {right} tokens without is_causal; expected a causal one")
-    return causal, left + 1
-
-
-def attention_scale(node: Node, head_size: int | None) -> float:
+def _scale(node: Node, head_size: int | None) -> float:
     """The attribute, or 1 / sqrt(head size)."""
     scale = node.attr("scale")
     if scale is None and head_size is None:
@@ -112,7 +116,7 @@ def attention_scale(node: Node, head_size: int | None) -> float:
     return float(scale) if scale is not None else 1 / math.sqrt(float(head_size or 1))
 
 
-def attention_mask(decoder: DecoderGraph, node: Node) -> tuple[MaskTerm, ...]:
+def _mask(decoder: DecoderGraph, node: Node) -> tuple[MaskTerm, ...]:
     """The node's mask, if it has one, as a term."""
     mask = node.input(MASK)
     if not mask:

@@ -6,11 +6,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from ...graph import Node
-from ..caches import DecoderGraph, Port
-from ..site import MissError, Site
+from ..caches import Ports
+from ..decoder_graph import DecoderGraph
+from ..match import Match, MissError
 
 FAMILY = "refused"
-PORTS: Mapping[str, tuple[Port, ...]] = {}
+PORTS: Ports = {}
 EXPORT_AGAIN = "export with GroupQueryAttention or MultiHeadAttention instead"
 
 
@@ -42,7 +43,7 @@ REFUSALS: Mapping[str, Refusal] = {
 ANCHORS = tuple(REFUSALS)
 
 
-def match(_: DecoderGraph, node: Node) -> Site | None:
+def match(_: DecoderGraph, node: Node) -> Match | None:
     """None for a node without a cache. Raises MissError for one that has it."""
     refusal = REFUSALS[node.op]
     if node.input(refusal.past):

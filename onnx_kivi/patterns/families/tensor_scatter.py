@@ -7,96 +7,66 @@ Source: ONNX operator specification, TensorScatter-24 and Attention-24 (causal m
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
 
-from ...graph import Node, element_name
-from ..caches import PAST_LENGTH, CacheTensor, DecoderGraph, Port
+from ...graph import Node
+from ..caches import CacheTensor, Port, Ports
+from ..decoder_graph import PAST_LENGTH, DecoderGraph
+from ..match import Added, MaskTerm, Match, MissError
 from ..prologue import Prologue
-from ..site import Added, Filled, MaskTerm, MissError, Operand, Site
-from .onnx_attention import NONPAD, SCORES_OUTPUT, attention_mask, attention_scale, query_layout
+from .onnx_attention import NONPAD, attention
 
 FAMILY = "tensor_scatter"
 ANCHORS = ("Attention",)
-PORTS: Mapping[str, tuple[Port, ...]] = {"TensorScatter": (Port(0, 0, 2, new=1, fixed=True),)}
+PORTS: Ports = {"TensorScatter": (Port(0, 0, 2, new=1, fixed=True),)}
 
 WRITE_INDICES = 2
 WRITTEN = "tokens_must_be_written_where_the_cache_ends"
 HELD = "rows_must_be_of_one_length"
 
 
-def match(decoder: DecoderGraph, node: Node) -> Site | None:
-    """The site of an Attention node over buffers; None if its keys are no buffer."""
-    keys, values = (decoder.caches.get(name) for name in node.inputs[1:3])
-    if keys is None or not keys.fixed:
+def match(decoder: DecoderGraph, node: Node) -> Match | None:
+    """The match of an Attention node that is told how much its buffers hold; None for others."""
+    found = attention(decoder, node, fixed=True)
+    if found is None:
         return None
-    if values is None or not values.fixed:
-        raise MissError(f"expected values from a buffer as the keys are, got {node.inputs[2]!r}")
     if not node.input(NONPAD):
         raise MissError("no nonpad_kv_seqlen: it sees the whole buffer, whatever it holds")
-    if len(node.outputs) > SCORES_OUTPUT and node.outputs[SCORES_OUTPUT]:
-        raise MissError("the scores are an output of the node; expected only the attention result")
     if node.attr("left_window_size", -1) >= 0 or node.attr("right_window_size", -1) >= 0:
         raise MissError("a window over a buffer; expected none")
-    layout, q_heads = query_layout(decoder, node)
-    kv_heads, k_head_size = _sizes(decoder, keys)
-    v_heads, v_head_size = _sizes(decoder, values)
-    if kv_heads != v_heads or q_heads % kv_heads:
-        raise MissError(f"{q_heads} query heads, {kv_heads} key heads, {v_heads} value heads; expected multiples")
     prologue = Prologue(decoder.graph)
-    total = prologue.node("Add", PAST_LENGTH, prologue.size(keys.new, 2))
+    total = total_tokens(prologue, found)
     guard = prologue.require(prologue.node("Equal", node.inputs[NONPAD], total), HELD)
-    for name in dict.fromkeys(_write_indices(decoder, cache) for cache in (keys, values)):
-        guard = prologue.node("Add", guard, prologue.require(prologue.node("Equal", name, PAST_LENGTH), WRITTEN))
-    mask = tuple(_as_long(prologue, term, total) for term in attention_mask(decoder, node))
-    return Site(
-        layer=-1,
-        family=FAMILY,
-        node=node.name,
-        query=Operand(node.inputs[0], layout),
-        key=Operand(keys.new),
-        value=Operand(values.new),
-        output=Operand(node.outputs[0], layout),
-        cache_inputs=(keys.input, values.input),
-        cache_outputs=(keys.output, values.output),
-        covered=keys.nodes | values.nodes | {node.index},
-        q_heads=q_heads,
-        kv_heads=kv_heads,
-        k_head_size=k_head_size,
-        v_head_size=v_head_size,
-        element=element_name(decoder.graph.inputs[keys.input]),
-        scale=attention_scale(node, k_head_size),
+    for at_end in dict.fromkeys(written_at_end(decoder, prologue, cache) for cache in found.caches):
+        guard = prologue.node("Add", guard, prologue.require(at_end, WRITTEN))
+    mask = tuple(held_part(prologue, term, total) for term in found.mask)
+    return replace(
+        found,
         mask=(*mask, Added(prologue.unsqueeze(guard, 1, 2, 3))),
-        softcap=float(node.attr("softcap", 0.0)),
         is_causal=bool(node.attr("is_causal", 0)),
-        nan_to_zero=True,
         prologue=prologue.parts,
     )
 
 
-def _sizes(decoder: DecoderGraph, cache: CacheTensor) -> tuple[int, int | None]:
-    shape = decoder.shapes.shape(cache.input)
-    if shape is None or len(shape) != 4 or not isinstance(shape[1], int):
-        raise MissError(f"buffer {cache.input!r}: expected (batch, heads, tokens, size), its heads declared")
-    return shape[1], shape[3] if isinstance(shape[3], int) else None
+def total_tokens(prologue: Prologue, match: Match) -> str:
+    """Tokens that the buffers hold, the new ones included, shape (1)."""
+    keys = match.caches[0]
+    return prologue.node("Add", PAST_LENGTH, prologue.size(keys.new, keys.new_axis))
 
 
-def _write_indices(decoder: DecoderGraph, cache: CacheTensor) -> str:
+def written_at_end(decoder: DecoderGraph, prologue: Prologue, cache: CacheTensor) -> str:
+    """Whether each row's tokens are written right behind the past ones, (B). Raises MissError for other operators."""
     node = decoder.graph.producer(cache.joined)
-    if node is None or node.attr("axis", -2) not in (-2, 2) or node.attr("mode", "linear") != "linear":
+    if node is None or node.op not in PORTS:
+        raise MissError(f"{node}: expected a buffer that TensorScatter writes to")
+    if node.attr("axis", -2) not in (-2, 2) or node.attr("mode", "linear") != "linear":
         raise MissError(f"{node}: expected a linear buffer with its tokens on axis 2")
     if not node.input(WRITE_INDICES):
         raise MissError(f"{node}: no write indices: every step would begin at 0")
-    return node.inputs[WRITE_INDICES]
+    return prologue.node("Equal", node.inputs[WRITE_INDICES], PAST_LENGTH)
 
 
-def _as_long(prologue: Prologue, term: MaskTerm, total: str) -> MaskTerm:
+def held_part(prologue: Prologue, term: MaskTerm, total: str) -> MaskTerm:
     """A mask over the buffer as one over the tokens held."""
-    if isinstance(term, Added):
-        return replace(term, tensor=_cut(prologue, term.tensor, total))
-    assert isinstance(term, Filled)
-    return replace(term, condition=_cut(prologue, term.condition, total))
-
-
-def _cut(prologue: Prologue, mask: str, total: str) -> str:
-    return prologue.node("Slice", mask, prologue.constant(0), total, prologue.constant(-1))
+    cut = prologue.node("Slice", term.tensor, prologue.ints(0), total, prologue.ints(-1))
+    return replace(term, tensor=cut)

@@ -8,20 +8,33 @@ but which must not become NaN where the original's finite fill kept it finite.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
-from ...graph import Dim, symbol
-from ...graph.symbolic.dims import TooComplexError
-from ..caches import PAST_LENGTH, DecoderGraph
+from ...graph import Dim, TooComplexError, symbol
+from ..decoder_graph import PAST_LENGTH, DecoderGraph
+from ..layouts import SCORES, SIZE_1, joined, letters
+from ..match import LARGEST_FLOAT32, Added, Filled, MaskTerm, Match
 from ..matching.scores import least_fill
 from ..prologue import Prologue
-from ..site import LARGEST_FLOAT32, SCORES, SIZE_1, Added, Filled, MaskTerm, Site, joined, letters
-from .predicates import NEVER, AtMostZero, Element, Literal, Predicate, UnreadableError, affine, composed, equivalent
+from .predicates import (
+    NEVER,
+    AtMostZero,
+    InputElement,
+    Literal,
+    Predicate,
+    UnreadableError,
+    affine,
+    composed,
+    equivalent,
+)
 from .reader import MaskReader
 
-ABSENT, QUERY, KEY = -1, 2, 3
+NO_AXIS, QUERY_AXIS, KEY_AXIS = -1, 2, 3
 PLAIN = frozenset((*SCORES, SIZE_1))
+
+AMatch = TypeVar("AMatch", bound=Match)
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,32 +46,80 @@ class Hidden:
     padding: str
     fill: float
 
+    @property
+    def is_finite(self) -> bool:
+        """Whether float32 holds the fill, so that a row of nothing else is no NaN."""
+        return abs(self.fill) <= LARGEST_FLOAT32
 
-def with_mask_facts(decoder: DecoderGraph, reader: MaskReader, site: Site) -> Site:
-    """The site with every term that is understood turned into attributes and padding."""
-    new_tokens, prologue = _new_tokens(decoder, site), Prologue(decoder.graph)
-    terms: list[MaskTerm] = []
-    causal, window, hard = site.is_causal, site.window, True
-    least = least_fill(decoder.element(site.query.tensor, site.element))
-    for term in (part for whole in site.mask for part in _parts(decoder, reader, whole)):
-        hidden = _hidden(decoder, reader, term, least)
-        unbound = hidden is not None and hidden.window and not (hidden.causal or causal)
-        if hidden is None or unbound or (hidden.padding and new_tokens is None):
-            terms.append(term)
-            continue
-        causal = causal or hidden.causal
-        hard = hard and not (abs(hidden.fill) <= LARGEST_FLOAT32 and (hidden.causal or hidden.window))
-        window = min((w for w in (window, hidden.window) if w), default=0)
-        if hidden.padding and new_tokens is not None:
-            terms.append(Filled(_unpadded(prologue, hidden.padding, new_tokens), keep=True, fill=hidden.fill))
+
+@dataclass(frozen=True, slots=True)
+class BlindRow:
+    """What is known of a row that sees no key: whether the original makes zeros of it, whether a finite fill of its
+    mask becomes an attribute, which hides with -inf, and whether all terms that stay are finite."""
+
+    zeroed: bool
+    hardened: bool
+    rest_is_finite: bool
+
+
+@dataclass(frozen=True, slots=True)
+class BlindRowRule:
+    """A case, and whether the op must then make zeros of a row that is NaN."""
+
+    case: str
+    applies: Callable[[BlindRow], bool]
+    nan_to_zero: bool
+
+
+# The first that applies decides.
+BLIND_ROWS = (
+    BlindRowRule("the original makes zeros of NaN", lambda row: row.zeroed, True),
+    BlindRowRule("it is hidden by what it was hidden by before", lambda row: not row.hardened, False),
+    BlindRowRule("it keeps a finite mask beside the attributes, or sees itself", lambda row: row.rest_is_finite, False),
+    BlindRowRule("-inf from two sides hides all, where one was finite", lambda _: True, True),
+)
+
+
+def with_mask_facts(decoder: DecoderGraph, reader: MaskReader, match: AMatch) -> AMatch:
+    """The match with every term that is understood turned into attributes and padding."""
+    new_tokens, prologue = _new_tokens(decoder, match), Prologue(decoder.graph)
+    terms = [part for whole in match.mask for part in _parts(decoder, reader, whole)]
+    hidden = _understood(decoder, reader, match, terms, can_pad=new_tokens is not None)
+    facts = [fact for fact in hidden if fact is not None]
+    mask: list[MaskTerm] = []
+    for term, fact in zip(terms, hidden, strict=True):
+        if fact is None:
+            mask.append(term)
+        elif fact.padding and new_tokens is not None:
+            mask.append(Filled(_unpadded(prologue, fact.padding, new_tokens), keep=True, fill=fact.fill))
     return replace(
-        site,
-        mask=tuple(terms),
-        is_causal=causal,
-        window=window,
-        nan_to_zero=site.nan_to_zero or not (hard or all(map(_is_finite, terms))),
-        prologue=(*site.prologue, *prologue.parts),
+        match,
+        mask=tuple(mask),
+        is_causal=match.is_causal or any(fact.causal for fact in facts),
+        window=min((w for w in (match.window, *(fact.window for fact in facts)) if w), default=0),
+        nan_to_zero=_nan_to_zero(match, facts, mask),
+        prologue=(*match.prologue, *prologue.parts),
     )
+
+
+def _understood(
+    decoder: DecoderGraph, reader: MaskReader, match: Match, terms: list[MaskTerm], *, can_pad: bool
+) -> list[Hidden | None]:
+    """What each term hides, where the op can do it in the term's place: it has windows of causal masks only."""
+    least = least_fill(decoder.element(match.query.tensor, match.element))
+    hidden = [_hidden(decoder, reader, term, least) for term in terms]
+    possible = [fact if fact is not None and (can_pad or not fact.padding) else None for fact in hidden]
+    causal = match.is_causal or any(fact.causal for fact in possible if fact is not None)
+    return [fact if fact is not None and (causal or not fact.window) else None for fact in possible]
+
+
+def _nan_to_zero(match: Match, facts: list[Hidden], rest: list[MaskTerm]) -> bool:
+    row = BlindRow(
+        zeroed=match.nan_to_zero,
+        hardened=any(fact.is_finite and (fact.causal or fact.window) for fact in facts),
+        rest_is_finite=all(map(_is_finite, rest)),
+    )
+    return next(rule.nan_to_zero for rule in BLIND_ROWS if rule.applies(row))
 
 
 def _is_finite(term: MaskTerm) -> bool:
@@ -90,15 +151,15 @@ def _readable(reader: MaskReader, term: Added) -> bool:
 def _unpadded(prologue: Prologue, tensor: str, new_tokens: tuple[str, int]) -> str:
     """Where the first T elements of each row of (B, T or more) are not 0, as (B, 1, 1, T)."""
     total = prologue.node("Add", PAST_LENGTH, prologue.size(*new_tokens))
-    first = prologue.node("Slice", tensor, prologue.constant(0), total, prologue.constant(1))
-    return prologue.unsqueeze(prologue.bool(first), 1, 2)
+    first = prologue.node("Slice", tensor, prologue.ints(0), total, prologue.ints(1))
+    return prologue.unsqueeze(prologue.cast(first, "bool"), 1, 2)
 
 
-def _new_tokens(decoder: DecoderGraph, site: Site) -> tuple[str, int] | None:
+def _new_tokens(decoder: DecoderGraph, match: Match) -> tuple[str, int] | None:
     """An axis of a graph input, not a cache, that is as long as the new tokens."""
-    terms = [(term.tensor if isinstance(term, Added) else term.condition, term.layout) for term in site.mask]
+    terms = [(term.tensor, term.layout) for term in match.mask]
     caches = {cache.input for cache in decoder.caches.values()}
-    for tensor, layout in ((site.query.tensor, site.query.layout), *terms):
+    for tensor, layout in ((match.query.tensor, match.query.layout), *terms):
         shape, axes = decoder.shapes.shape(tensor), letters(layout)
         size = None if shape is None or "S" not in axes else shape[axes.index("S")]
         places = decoder.shapes.sources.get(size.name or "", ()) if isinstance(size, Dim) else ()
@@ -109,18 +170,18 @@ def _new_tokens(decoder: DecoderGraph, site: Site) -> tuple[str, int] | None:
 
 
 def _hidden(decoder: DecoderGraph, reader: MaskReader, term: MaskTerm, least_fill: float) -> Hidden | None:
-    sizes = decoder.shapes.shape(term.tensor if isinstance(term, Added) else term.condition)
+    sizes = decoder.shapes.shape(term.tensor)
     lies = letters(term.layout)
     if sizes is None or not {*lies} <= PLAIN:
         return None
     try:
         if isinstance(term, Filled):
-            seen = reader.predicate(term.condition)
+            seen = reader.predicate(term.tensor)
             hides, fill = (seen.negated() if term.keep else seen), term.fill * term.factor
         else:
             hides, fill = _filled(reader, term)
         axes = {axis: SCORES.find(letter) for axis, letter in enumerate(lies)}
-        alike = {old for old, new in axes.items() if new in (ABSENT, QUERY, KEY) and sizes[old] == 1}
+        alike = {old for old, new in axes.items() if new in (NO_AXIS, QUERY_AXIS, KEY_AXIS) and sizes[old] == 1}
         where = composed(hides, {old: affine(0, {} if old in alike else {new: 1}) for old, new in axes.items()})
     except (UnreadableError, TooComplexError):
         return None
@@ -157,12 +218,11 @@ def _facts(where: Predicate, fill: float) -> Hidden | None:
 
 def _fact(literal: Literal) -> tuple[str, Any] | None:
     past = symbol(PAST_LENGTH)
-    if isinstance(literal, Element):
-        at_key = (affine(0, {0: 1}), affine(0, {KEY: 1}))
+    if isinstance(literal, InputElement):
+        at_key = (affine(0, {0: 1}), affine(0, {KEY_AXIS: 1}))
         return ("padding", literal.tensor) if literal.zero and literal.index == at_key else None
-    if literal == AtMostZero(affine(past + 1, {QUERY: 1, KEY: -1})):  # past + query + 1 <= key
+    if literal == AtMostZero(affine(past + 1, {QUERY_AXIS: 1, KEY_AXIS: -1})):  # past + query + 1 <= key
         return "causal", True
     window = literal.of.const + past
-    if isinstance(window, int) and window > 0 and literal == AtMostZero(affine(window - past, {QUERY: -1, KEY: 1})):
-        return "window", window
-    return None
+    outside = AtMostZero(affine(window - past, {QUERY_AXIS: -1, KEY_AXIS: 1}))
+    return ("window", window) if isinstance(window, int) and window > 0 and literal == outside else None

@@ -9,7 +9,7 @@ from .predicates import (
     Affine,
     AtMostZero,
     Cases,
-    Element,
+    InputElement,
     Predicate,
     SymbolicTensor,
     UnreadableError,
@@ -53,7 +53,7 @@ def to_cases(symbolic: SymbolicTensor) -> Cases:
     """The tensor as numbers: conditions are 1 and 0."""
     if isinstance(symbolic, Predicate):
         return select(symbolic, number(1.0), number(0.0))
-    if isinstance(symbolic, Element):
+    if isinstance(symbolic, InputElement):
         return Cases(((ALWAYS, symbolic, 1.0, 0.0),))
     if isinstance(symbolic, Cases):
         return symbolic
@@ -119,16 +119,16 @@ def _negative(cases: Cases) -> Cases:
 
 
 def _sum(
-    e: Element | None, f: float, o: float, e2: Element | None, f2: float, o2: float
-) -> tuple[Element | None, float, float]:
+    e: InputElement | None, f: float, o: float, e2: InputElement | None, f2: float, o2: float
+) -> tuple[InputElement | None, float, float]:
     if e is not None and e2 is not None:
         raise UnreadableError("a sum of elements")
     return e or e2, f if e is not None else f2, o + o2
 
 
 def _product(
-    e: Element | None, f: float, o: float, e2: Element | None, f2: float, o2: float
-) -> tuple[Element | None, float, float]:
+    e: InputElement | None, f: float, o: float, e2: InputElement | None, f2: float, o2: float
+) -> tuple[InputElement | None, float, float]:
     if e is not None and e2 is not None:
         raise UnreadableError("a product of elements")
     element, factor, offset, number = (e, f, o, o2) if e2 is None else (e2, f2, o2, o)

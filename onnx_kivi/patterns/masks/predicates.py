@@ -69,23 +69,23 @@ class AtMostZero:
 
 
 @dataclass(frozen=True, slots=True)
-class Element:
+class InputElement:
     """An element of a graph input; as a condition, whether it is not 0 (or, if `zero`, whether it is)."""
 
     tensor: str
     index: tuple[Affine, ...]
     zero: bool = False
 
-    def negated(self) -> Element:
+    def negated(self) -> InputElement:
         """The opposite condition."""
-        return Element(self.tensor, self.index, not self.zero)
+        return InputElement(self.tensor, self.index, not self.zero)
 
-    def at(self, indices: Mapping[int, Affine]) -> Element:
+    def at(self, indices: Mapping[int, Affine]) -> InputElement:
         """The same of other indices."""
-        return Element(self.tensor, tuple(i.at(indices) for i in self.index), self.zero)
+        return InputElement(self.tensor, tuple(i.at(indices) for i in self.index), self.zero)
 
 
-Literal = AtMostZero | Element
+Literal = AtMostZero | InputElement
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,10 +163,10 @@ class Cases:
     A value is `factor * element + offset`, with no element for a plain number.
     """
 
-    values: tuple[tuple[Predicate, Element | None, float, float], ...]
+    values: tuple[tuple[Predicate, InputElement | None, float, float], ...]
 
 
-SymbolicTensor = Affine | Predicate | Element | Cases | tuple[Affine, ...]
+SymbolicTensor = Affine | Predicate | InputElement | Cases | tuple[Affine, ...]
 
 
 def shifted(symbolic: SymbolicTensor, axes: Mapping[int, int]) -> SymbolicTensor:
@@ -186,7 +186,7 @@ def composed(symbolic: SymbolicTensor, indices: Mapping[int, Affine]) -> Symboli
         raise UnreadableError("an index along an axis of size 1") from None
 
 
-def combined(a: Cases, b: Cases, function: Callable[..., tuple[Element | None, float, float]]) -> Cases:
+def combined(a: Cases, b: Cases, function: Callable[..., tuple[InputElement | None, float, float]]) -> Cases:
     """A function of two float tensors, case by case."""
     values = []
     for x, *left in a.values:
@@ -197,7 +197,7 @@ def combined(a: Cases, b: Cases, function: Callable[..., tuple[Element | None, f
     return Cases(tuple(values))
 
 
-def as_predicate(cases: Cases, function: Callable[[Element | None, float, float], Predicate]) -> Predicate:
+def as_predicate(cases: Cases, function: Callable[[InputElement | None, float, float], Predicate]) -> Predicate:
     """A condition on a float tensor, case by case."""
     out = NEVER
     for where, element, factor, offset in cases.values:
@@ -205,12 +205,12 @@ def as_predicate(cases: Cases, function: Callable[[Element | None, float, float]
     return out
 
 
-def is_zero(element: Element | None, factor: float, offset: float) -> Predicate:
+def is_zero(element: InputElement | None, factor: float, offset: float) -> Predicate:
     """Where factor * element + offset is 0; elements are integers of fewer than 63 bits."""
     if element is None or factor == 0:
         return ALWAYS if offset == 0 else NEVER
     if offset == 0:
-        return Predicate(frozenset({frozenset({Element(element.tensor, element.index, zero=True)})}))
+        return Predicate(frozenset({frozenset({InputElement(element.tensor, element.index, zero=True)})}))
     if math.isfinite(offset) and abs(offset / factor) > 1 << 63:
         return NEVER
     raise UnreadableError("an element compared with another number than 0")

@@ -5,18 +5,16 @@ Source: the ONNX operator specification.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 
-from ...graph import BOOL, FLOATS, INTEGERS, Dim, Node
-from ...graph.symbolic.dims import divide
-from ...graph.symbolic.shape_rules import OPEN_END
-from ..caches import DecoderGraph
+from ...graph import BOOL, FLOATS, INTEGERS, OPEN_END, Dim, Node, divide
+from ..decoder_graph import DecoderGraph
 from .operators import binary, constant_tensor, number, select, to_affine, to_cases, to_predicate
 from .predicates import (
     Affine,
     AtMostZero,
     Cases,
-    Element,
+    InputElement,
     Predicate,
     SymbolicTensor,
     UnreadableError,
@@ -28,7 +26,7 @@ from .predicates import (
 )
 
 MAX_DEPTH = 200
-MOVES = ("Reshape", "Unsqueeze", "Squeeze", "Flatten")
+REGROUPS = ("Reshape", "Unsqueeze", "Squeeze", "Flatten")
 
 
 class MaskReader:
@@ -69,38 +67,12 @@ class MaskReader:
             return self._rule(node)
         if tensor not in self._decoder.graph.inputs:
             raise UnreadableError(tensor)
-        return Element(tensor, tuple(affine(0, {axis: 1}) for axis in range(len(self._shape(tensor)))))
+        return InputElement(tensor, tuple(affine(0, {axis: 1}) for axis in range(len(self._shape(tensor)))))
 
     def _rule(self, node: Node) -> SymbolicTensor:
-        match node.op:
-            case "Identity":
-                return self.read(node.inputs[0])
-            case "Cast":
-                return self._cast(node)
-            case "Range":
-                return self._range(node)
-            case "ConstantOfShape":
-                return self._filled(node)
-            case "Reshape" | "Unsqueeze" | "Squeeze" | "Flatten":
-                return self._regrouped(node)
-            case "Expand":
-                return self._aligned(node, 0)
-            case "Slice":
-                return self._slice(node)
-            case "Trilu":
-                return self._trilu(node)
-            case "Concat":
-                return self._stacked(node)
-            case "Gather":
-                return self._gather(node)
-            case "GatherND":
-                return self._gather_nd(node)
-            case "ScatterND":
-                return self._scatter_nd(node)
-            case "Not":
-                return to_predicate(self.read(node.inputs[0])).negated()
-            case "Where":
-                return self._where(node)
+        rule = RULES.get(node.op)
+        if rule is not None:
+            return rule(self, node)
         if len(node.inputs) == 2:
             return binary(node, self._aligned(node, 0), self._aligned(node, 1))
         raise UnreadableError(str(node))
@@ -119,6 +91,15 @@ class MaskReader:
         moved |= {axis: Affine(0) for axis, size in enumerate(before) if size == 1 != after[axis + lift]}
         return composed(self.read(node.inputs[index]), moved)
 
+    def _same(self, node: Node) -> SymbolicTensor:
+        return self.read(node.inputs[0])
+
+    def _negated(self, node: Node) -> SymbolicTensor:
+        return to_predicate(self.read(node.inputs[0])).negated()
+
+    def _expand(self, node: Node) -> SymbolicTensor:
+        return self._aligned(node, 0)
+
     def _cast(self, node: Node) -> SymbolicTensor:
         symbolic, to = self.read(node.inputs[0]), node.attr("to")
         if to == BOOL:
@@ -126,7 +107,7 @@ class MaskReader:
         if to in FLOATS:
             return to_cases(symbolic)
         whole = self._decoder.shapes.element(node.inputs[0]) not in FLOATS
-        if to in INTEGERS and whole and isinstance(symbolic, (Affine, Element)):
+        if to in INTEGERS and whole and isinstance(symbolic, (Affine, InputElement)):
             return symbolic
         raise UnreadableError(str(node))
 
@@ -144,7 +125,7 @@ class MaskReader:
     def _regrouped(self, node: Node) -> SymbolicTensor:
         """Moves that, taken together with those right before, only add and remove axes of size 1."""
         base = node
-        while (source := self._decoder.graph.producer(base.inputs[0])) is not None and source.op in MOVES:
+        while (source := self._decoder.graph.producer(base.inputs[0])) is not None and source.op in REGROUPS:
             base = source
         before, after = self._shape(base.inputs[0]), self._shape(node.outputs[0])
         old = [axis for axis, size in enumerate(before) if size != 1]
@@ -198,7 +179,7 @@ class MaskReader:
         flat = self._decoder.graph.producer(node.inputs[0])
         position = self.read(node.inputs[1])
         sizes = () if flat is None else self._shape(flat.inputs[0])
-        if flat is None or flat.op not in MOVES or node.attr("axis", 0) != 0 or len(sizes) != 2:
+        if flat is None or flat.op not in REGROUPS or node.attr("axis", 0) != 0 or len(sizes) != 2:
             raise UnreadableError(str(node))
         if self._shape(node.inputs[0])[1:] not in ((), (1,)) or not isinstance(position, Affine):
             raise UnreadableError(str(node))
@@ -235,6 +216,24 @@ class MaskReader:
         if isinstance(yes, Predicate) and isinstance(no, Predicate):
             return where.and_(yes).or_(where.negated().and_(no))
         return select(where, to_cases(yes), to_cases(no))
+
+
+RULES: Mapping[str, Callable[[MaskReader, Node], SymbolicTensor]] = {
+    "Identity": MaskReader._same,
+    "Cast": MaskReader._cast,
+    "Range": MaskReader._range,
+    "ConstantOfShape": MaskReader._filled,
+    **dict.fromkeys(REGROUPS, MaskReader._regrouped),
+    "Expand": MaskReader._expand,
+    "Slice": MaskReader._slice,
+    "Trilu": MaskReader._trilu,
+    "Concat": MaskReader._stacked,
+    "Gather": MaskReader._gather,
+    "GatherND": MaskReader._gather_nd,
+    "ScatterND": MaskReader._scatter_nd,
+    "Not": MaskReader._negated,
+    "Where": MaskReader._where,
+}
 
 
 def _is_long(size: int | Dim, end: int | Dim) -> bool:

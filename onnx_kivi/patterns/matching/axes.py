@@ -9,10 +9,10 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 
-from ...graph import Dim, Node, Shape
-from ...graph.symbolic.dims import divide
-from ..caches import DecoderGraph
-from ..site import SCORES, SIZE_1, MissError, joined
+from ...graph import Dim, Node, Shape, divide
+from ..decoder_graph import DecoderGraph
+from ..layouts import SCORES, SIZE_1, joined
+from ..match import MissError
 from .cache_view import Atom, Axes, CacheView, regroup
 from .contraction import Contraction
 from .operands import Letters, cache_letters, lettered, order_error
@@ -53,7 +53,7 @@ def query_and_scores(
         else:
             rows[label] = sizes[label]
     new = decoder.shapes.shape(keys.cache.new)
-    ours |= _rows(product.node, rows, None if new is None else new[keys.cache.axis])
+    ours |= _rows(product.node, rows, None if new is None else new[keys.cache.new_axis])
     scores = tuple(theirs[label] if label == product.free else ours[label] for label in product.labels)
     flat = [atom.axis for axis in scores for atom in axis]
     if flat != [letter for letter in ORDER if letter in flat] or [atom.axis for atom in scores[-1]] != ["T"]:

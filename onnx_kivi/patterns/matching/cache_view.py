@@ -12,8 +12,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ...graph import Dim, Node, Shape
-from ..caches import CacheTensor, DecoderGraph, is_float_cast
-from ..site import MissError
+from ..caches import CacheTensor
+from ..decoder_graph import DecoderGraph
+from ..match import MissError
 
 MOVES = ("Transpose", "Reshape", "Unsqueeze", "Squeeze", "Expand", "Tile", "Identity", "Cast", "Mul", "Div")
 REPEAT = -1
@@ -40,9 +41,9 @@ class CacheView:
     nodes: tuple[Node, ...]
 
     @property
-    def covered(self) -> frozenset[int]:
-        """Indices of the nodes from the cache input, and to the cache output, up to this tensor."""
-        return self.cache.nodes | {node.index for node in self.nodes}
+    def indices(self) -> frozenset[int]:
+        """Indices of the nodes."""
+        return frozenset(node.index for node in self.nodes)
 
     def names(self) -> tuple[tuple[int | str, ...], ...]:
         """Atoms of each axis by cache axis, sizes of 1 left out."""
@@ -51,6 +52,29 @@ class CacheView:
 
 def cache_view(decoder: DecoderGraph, tensor: str) -> CacheView | None:
     """What `tensor` shows of a cache; None if it is not made of one by layout operators. Raises MissError."""
+    path = path_from_cache(decoder, tensor)
+    if path is None:
+        return None
+    cache = decoder.caches[path[0][1] if path else tensor]
+    axes, scale = _joined_axes(decoder, cache), 1.0
+    for node, source in path:
+        if node.op in ("Mul", "Div"):
+            scale *= factor(decoder, node, source)
+        else:
+            axes = _move(decoder, node, axes)
+    return CacheView(cache, axes, scale, tuple(node for node, _ in path[::-1]))
+
+
+def check_grows(view: CacheView) -> None:
+    """Raise MissError for a buffer of fixed size."""
+    if view.cache.fixed:
+        raise MissError(
+            f"cache {view.cache.input!r} is a buffer of fixed size; expected attention that is told how much it holds"
+        )
+
+
+def path_from_cache(decoder: DecoderGraph, tensor: str) -> list[tuple[Node, str]] | None:
+    """The layout operators from a cache to a tensor, each with the input that carries it; None if no cache is there."""
     path: list[tuple[Node, str]] = []
     while tensor not in decoder.caches:
         node = decoder.graph.producer(tensor)
@@ -59,28 +83,22 @@ def cache_view(decoder: DecoderGraph, tensor: str) -> CacheView | None:
             return None
         path.append((node, source))
         tensor = source
-    cache = decoder.caches[tensor]
-    if cache.fixed:
-        raise MissError(
-            f"cache {cache.input!r} is a buffer of fixed size; expected attention that is told how much it holds"
-        )
+    return path[::-1]
+
+
+def _joined_axes(decoder: DecoderGraph, cache: CacheTensor) -> Axes:
+    """The axes of a cache joined with new tokens."""
     declared = decoder.graph.inputs[cache.input].type.tensor_type.shape.dim[cache.axis]
-    if declared.HasField("dim_value"):
+    if declared.HasField("dim_value") and not cache.fixed:
         raise MissError(
             f"cache {cache.input!r} is declared to hold exactly {declared.dim_value} tokens; export it with a "
             "dynamic axis"
         )
-    shape = decoder.shapes.shape(tensor) or decoder.shapes.shape(cache.input)
+    past = decoder.shapes.shape(cache.input)
+    shape = decoder.shapes.shape(cache.joined) or (past and tuple(past[axis] for axis in cache.order))
     if shape is None or len(shape) != 4:
         raise MissError(f"cache {cache.input!r}: expected 4 axes, got {'unknown' if shape is None else len(shape)}")
-    axes: Axes = tuple((Atom(i, size),) for i, size in enumerate(shape))
-    scale = 1.0
-    for node, source in reversed(path):
-        if node.op in ("Mul", "Div"):
-            scale *= factor(decoder, node, source)
-        else:
-            axes = _move(decoder, node, axes)
-    return CacheView(cache, axes, scale, tuple(node for node, _ in path))
+    return tuple((Atom(axis, size),) for axis, size in zip(cache.order, shape, strict=True))
 
 
 def factor(decoder: DecoderGraph, node: Node, source: str) -> float:
@@ -109,7 +127,7 @@ def data_input(decoder: DecoderGraph, node: Node) -> str | None:
         return None
     if node.op in ("Mul", "Div"):
         return scaled_input(decoder, node)
-    if node.op == "Cast" and not is_float_cast(decoder.shapes, node):
+    if node.op == "Cast" and not decoder.is_float_cast(node):
         return None
     return node.inputs[0]
 
@@ -159,28 +177,32 @@ def regroup(node: Node, axes: Sequence[tuple[Atom, ...]], shape: Shape) -> Axes:
 
     One axis whose size can't be composed takes what those before and after it leave, as the count of elements says.
     """
-    atoms = [a for axis in axes for a in axis]
-    before: list[tuple[Atom, ...]] = []
-    for size in shape:
+    atoms = [atom for axis in axes for atom in axis]
+    before = _groups(atoms, shape)
+    rest = atoms[sum(map(len, before)) :]
+    if len(before) == len(shape):
+        if any(atom.size != 1 for atom in rest):
+            raise MissError(f"{node}: it is not proven to merge or split whole axes")
+        return (*before[:-1], (*before[-1], *rest)) if before else ()
+    sizes_after = shape[len(before) + 1 :]
+    after = [group[::-1] for group in _groups(rest[::-1], sizes_after[::-1])][::-1]
+    if len(after) < len(sizes_after):
+        raise MissError(
+            f"{node}: it is not proven to merge or split whole axes; size {shape[len(before)]} can't be composed"
+        )
+    return (*before, tuple(rest[: len(rest) - sum(map(len, after))]), *after)
+
+
+def _groups(atoms: Sequence[Atom], sizes: Shape) -> list[tuple[Atom, ...]]:
+    """The first atoms in groups of these sizes, up to the first size that none make up."""
+    groups: list[tuple[Atom, ...]] = []
+    for size in sizes:
         group = _take(atoms, size)
         if group is None:
             break
-        before.append(group)
+        groups.append(group)
         atoms = atoms[len(group) :]
-    if len(before) == len(shape):
-        if any(a.size != 1 for a in atoms):
-            raise MissError(f"{node}: it is not proven to merge or split whole axes")
-        return (*before[:-1], (*before[-1], *atoms)) if before else ()
-    after: list[tuple[Atom, ...]] = []
-    for size in shape[: len(before) : -1]:
-        group = _take(atoms[::-1], size)
-        if group is None:
-            raise MissError(
-                f"{node}: it is not proven to merge or split whole axes; size {shape[len(before)]} can't be composed"
-            )
-        after.append(group[::-1])
-        atoms = atoms[: len(atoms) - len(group)]
-    return (*before, tuple(atoms), *after[::-1])
+    return groups
 
 
 def _take(atoms: Sequence[Atom], size: int | Dim) -> tuple[Atom, ...] | None:

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ...graph import Node, read_equation
-from ..caches import DecoderGraph
-from ..site import MissError
-from .cache_view import data_input
+from ...graph import Labels, Node, read_equation
+from ..decoder_graph import DecoderGraph
+from ..match import MissError
+from .cache_view import path_from_cache
 
 MATMULS = ("MatMul", "com.microsoft.FusedMatMul")
 PRODUCTS = (*MATMULS, "Einsum")
-
-Labels = tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +67,7 @@ def _cache_side(decoder: DecoderGraph, node: Node) -> int | None:
     if node.op not in PRODUCTS:
         return None
     sides = (1,) if node.op in MATMULS else range(len(node.inputs))[::-1]
-    return next((i for i in sides if _reads_cache(decoder, node.inputs[i])), None)
+    return next((i for i in sides if path_from_cache(decoder, node.inputs[i]) is not None), None)
 
 
 def _matmul(node: Node, ranks: list[int | None]) -> tuple[tuple[Labels, Labels], Labels]:
@@ -83,13 +81,3 @@ def _matmul(node: Node, ranks: list[int | None]) -> tuple[tuple[Labels, Labels],
     a, b = ("m", "k"), ("k", "n")
     sides = (*batch, *(a[::-1] if node.attr("transA", 0) else a)), (*batch, *(b[::-1] if node.attr("transB", 0) else b))
     return sides, (*batch, "m", "n")
-
-
-def _reads_cache(decoder: DecoderGraph, tensor: str) -> bool:
-    while tensor not in decoder.caches:
-        node = decoder.graph.producer(tensor)
-        source = None if node is None else data_input(decoder, node)
-        if source is None:
-            return False
-        tensor = source
-    return True

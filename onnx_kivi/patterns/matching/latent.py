@@ -7,7 +7,8 @@ Source: DeepSeek-V2, arXiv 2405.04434.
 from __future__ import annotations
 
 from ...graph import Node
-from ..caches import CacheTensor, DecoderGraph
+from ..caches import CacheTensor
+from ..decoder_graph import DecoderGraph
 from .cache_view import MOVES
 
 PROJECTIONS = ("MatMul", "Gemm", "com.microsoft.MatMulNBits")

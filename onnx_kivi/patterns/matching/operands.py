@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from ...graph import Node
-from ..caches import DecoderGraph
-from ..site import MissError, Operand
+from ..caches import CacheTensor
+from ..decoder_graph import DecoderGraph
+from ..match import MissError, Operand
 from .cache_view import REPEAT, Atom, Axes, CacheView
 
 Letters = Mapping[int | str, str]
@@ -37,7 +38,7 @@ def order_error(view: CacheView, reader: Node) -> MissError:
 
 def new_tokens(view: CacheView, letters: Letters) -> Operand:
     """The new tokens of a cache, as they lie when they are joined."""
-    return Operand(view.cache.new, "".join(NEW_TOKENS[letters[axis]] for axis in range(4)))
+    return Operand(view.cache.new, "".join(NEW_TOKENS[letters[axis]] for axis in view.cache.order))
 
 
 def lettered(view: CacheView, letters: Letters) -> Axes:
@@ -55,12 +56,26 @@ def cache_operand(view: CacheView, reader: Node) -> Operand:
     return new_tokens(view, letters)
 
 
-def cache_sizes(decoder: DecoderGraph, view: CacheView, operand: Operand) -> tuple[int, int | None]:
-    """Heads of a cache, and its head size if that is declared."""
-    shape = decoder.shapes.shape(view.cache.input) or ()
-    heads, size = shape[operand.layout.index("H")], shape[operand.layout.index("D")]
+def head_sizes(
+    decoder: DecoderGraph, caches: Sequence[CacheTensor], layouts: Sequence[str], q_heads: int | None = None
+) -> tuple[int, int | None, int | None]:
+    """Heads, and head sizes where declared, of two caches whose joined tensors lie so. Raises MissError if they differ.
+
+    q_heads: those that share them, if known.
+    """
+    (kv_heads, k_size), (v_heads, v_size) = (
+        _sizes(decoder, cache, layout) for cache, layout in zip(caches, layouts, strict=True)
+    )
+    if q_heads is None and kv_heads != v_heads:
+        raise MissError(f"keys have {kv_heads} heads, values {v_heads}; expected the same")
+    if q_heads is not None and (kv_heads != v_heads or q_heads % kv_heads):
+        raise MissError(f"{q_heads} query heads, {kv_heads} key heads, {v_heads} value heads; expected multiples")
+    return kv_heads, k_size, v_size
+
+
+def _sizes(decoder: DecoderGraph, cache: CacheTensor, layout: str) -> tuple[int, int | None]:
+    shape = decoder.shapes.shape(cache.input) or ()
+    heads, size = (shape[cache.order[layout.index(letter)]] for letter in "HD")
     if not isinstance(heads, int):
-        raise MissError(
-            f"cache {view.cache.input!r}: the number of heads is not known; declare it in the input's shape"
-        )
+        raise MissError(f"cache {cache.input!r}: the number of heads is not known; declare it in the input's shape")
     return heads, size if isinstance(size, int) else None

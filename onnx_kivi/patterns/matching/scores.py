@@ -9,8 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ...graph import Node, Shape
-from ..caches import DecoderGraph, is_float_cast
-from ..site import Added, Filled, MaskTerm, MissError
+from ..decoder_graph import DecoderGraph
+from ..match import Added, Filled, MaskTerm, MissError
 from .cache_view import factor as constant_factor
 from .cache_view import scaled_input
 from .contraction import Contraction, is_cache_product, read_contraction
@@ -94,7 +94,7 @@ class _Walk:
             case "Identity" | "Reshape":
                 return node.inputs[0]
             case "Cast":
-                return node.inputs[0] if is_float_cast(self.decoder.shapes, node) else None
+                return node.inputs[0] if self.decoder.is_float_cast(node) else None
             case "Mul" | "Div":
                 return self._scaled(node)
             case "Add":

@@ -9,8 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ...graph import Dim, Node
-from ..caches import DecoderGraph
-from ..site import MissError
+from ..decoder_graph import DecoderGraph
+from ..match import MissError
 
 EXPLICIT_SOFTMAX_AXIS = 13
 

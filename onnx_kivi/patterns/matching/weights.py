@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ...graph import Node
-from ..caches import DecoderGraph, is_float_cast
-from ..site import MissError
+from ..decoder_graph import DecoderGraph
+from ..match import MissError
 from .contraction import PRODUCTS, Contraction, read_contraction
 
 
 @dataclass(frozen=True, slots=True)
-class Weights:
+class Mixing:
     """The product of weights and values, and what happens between the softmax and it."""
 
     product: Contraction
@@ -19,7 +19,7 @@ class Weights:
     nodes: tuple[Node, ...]
 
 
-def weights_after(decoder: DecoderGraph, weights: str, sink: str) -> Weights | None:
+def weights_after(decoder: DecoderGraph, weights: str, sink: str) -> Mixing | None:
     """Walk on from the softmax to the product with the values; None if it leads nowhere, MissError if it forks."""
     graph, tensor, nodes, nan_to_zero, dropped = decoder.graph, weights, [], False, not sink
     while True:
@@ -45,8 +45,8 @@ def weights_after(decoder: DecoderGraph, weights: str, sink: str) -> Weights | N
                 return None
             if not dropped:
                 raise MissError(f"{node}: the column of the sink logits is not dropped before the values")
-            return Weights(product, nan_to_zero, tuple(nodes))
-        if node.op in ("Identity", "Dropout", "Reshape") or is_float_cast(decoder.shapes, node):
+            return Mixing(product, nan_to_zero, tuple(nodes))
+        if node.op in ("Identity", "Dropout", "Reshape") or decoder.is_float_cast(node):
             tensor = node.outputs[0]
         elif node.op == "Slice" and not dropped and _drops_last(decoder, node):
             dropped, tensor = True, node.outputs[0]
@@ -61,7 +61,7 @@ def _nan_guard(decoder: DecoderGraph, tensor: str, readers: list[Node]) -> list[
     if len(wheres) != 1 or len(others) != 1:
         return None
     where, nodes = wheres[0], others
-    if is_float_cast(decoder.shapes, nodes[0]):
+    if decoder.is_float_cast(nodes[0]):
         nodes = [*nodes, *decoder.graph.consumers(nodes[0].outputs[0])]
     check = nodes[-1]
     if len(nodes) > 2 or check.op != "IsNaN" or where.inputs[0] != check.outputs[0] or where.inputs[2] != tensor:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 
+from ...arrays import FloatArray
 from ...errors import CacheError
 from ...spec import CROSS, QUANTIZED_KV_SDPA, SELF, SdpaAttributes
 from ...spec_types import check_shapes
-from ..backend import FloatArray, RowState
+from ..backend import RowState
 from .reference import attend_row
 from .rows import append, empty_row, row_length
 from .steps import Step

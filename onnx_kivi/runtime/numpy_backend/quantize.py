@@ -14,8 +14,9 @@ import functools
 import numpy as np
 import numpy.typing as npt
 
+from ...arrays import ByteArray, FloatArray, HalfArray
 from ...errors import ConfigError
-from ..backend import ByteArray, FloatArray, HalfArray, QuantizedBlock
+from ..backend import QuantizedBlock
 
 SMALLEST_SCALE = np.float16(np.finfo(np.float16).smallest_normal)
 

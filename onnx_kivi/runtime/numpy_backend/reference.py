@@ -5,8 +5,6 @@ each at its own place (freed tokens leave a gap, which the window hides); times 
 window, one softmax column for the head's sink logit; softmax literally in float32, finite fill values included; times
 the values. Codes are folded, never decoded: with k = lo + s c, q.k = q.lo + (q s).c, and with v = lo + s c,
 p.v = p.lo + (p s).c (KIVI, arXiv 2402.02750, quantizes as such).
-The softmax is online over tiles of at most TILE_TOKENS keys and QUERY_TILE queries: scratch is O(tile x heads).
-
 What is not finite: a key that causality or the window hides takes no part, whatever it and its value hold. Of the
 others, a query times key that is NaN or beyond float32, of either sign, makes its row NaN; so do NaN or +inf in the
 row's mask or sink, and a row of nothing but -inf. `nan_to_zero` makes such rows zeros. (Which infinity, or NaN, a sum
@@ -25,14 +23,15 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from ...arrays import FloatArray
 from ...spec import SdpaAttributes
-from ..backend import BlockState, FloatArray, QuantizedBlock, RowState
+from ..backend import BlockState, QuantizedBlock, RowState
 from .quantize import unpack
 
 TILE_TOKENS = 1024
 QUERY_TILE = 64
 
-Side = tuple[QuantizedBlock | FloatArray, ...]
+TileSide = tuple[QuantizedBlock | FloatArray, ...]
 Mask = npt.NDArray[np.bool_] | None
 
 
@@ -42,8 +41,8 @@ class Tile:
 
     start: int
     stop: int
-    key: Side
-    value: Side
+    key: TileSide
+    value: TileSide
 
 
 def attend_row(
@@ -162,10 +161,8 @@ def _hidden(attributes: SdpaAttributes, tile: Tile, position: int, queries: int)
     """Whether causality or the window hides the whole tile from all the queries."""
     last = position + queries - 1
     ahead = (attributes.is_causal or attributes.window) and tile.start > last
-    behind = (
-        attributes.window and attributes.window_sinks <= tile.start and tile.stop - 1 <= position - attributes.window
-    )
-    return bool(ahead or behind)
+    behind = attributes.window and tile.stop - 1 <= position - attributes.window
+    return bool(ahead or (behind and tile.start >= attributes.window_sinks))
 
 
 def _hidden_keys(attributes: SdpaAttributes, tile: Tile, position: int, queries: int) -> npt.NDArray[np.bool_] | None:
@@ -202,7 +199,7 @@ def _mask_scores(
         np.copyto(scores_HGST, np.float32(-np.inf), where=hidden_ST)
 
 
-def _scores(attributes: SdpaAttributes, key: Side, q_HMD: FloatArray) -> FloatArray:
+def _scores(attributes: SdpaAttributes, key: TileSide, q_HMD: FloatArray) -> FloatArray:
     """q.k: (H, M, T)."""
     blocks, k_HTD = _split(key)
     if k_HTD is not None:
@@ -217,7 +214,9 @@ def _scores(attributes: SdpaAttributes, key: Side, q_HMD: FloatArray) -> FloatAr
     return np.moveaxis(scores_nHMt, 0, 2).reshape(*q_HMD.shape[:2], -1)
 
 
-def _mix(attributes: SdpaAttributes, value: Side, v_head_size: int, p_HMT: FloatArray, hidden_ST: Mask) -> FloatArray:
+def _mix(
+    attributes: SdpaAttributes, value: TileSide, v_head_size: int, p_HMT: FloatArray, hidden_ST: Mask
+) -> FloatArray:
     """p.v: (H, M, Dv)."""
     blocks, v_HTD = _split(value)
     if v_HTD is not None:
@@ -248,7 +247,7 @@ def _mix_dense(p_HMT: FloatArray, v_HTD: FloatArray, hidden_ST: Mask) -> FloatAr
     return mixed_HMD
 
 
-def _split(side: Side) -> tuple[list[QuantizedBlock], FloatArray | None]:
+def _split(side: TileSide) -> tuple[list[QuantizedBlock], FloatArray | None]:
     """(quantized blocks, None), or ([], the f32 tokens as one array)."""
     blocks = [piece for piece in side if isinstance(piece, QuantizedBlock)]
     dense = [piece for piece in side if not isinstance(piece, QuantizedBlock)]

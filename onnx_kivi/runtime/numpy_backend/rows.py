@@ -14,8 +14,9 @@ from dataclasses import replace
 
 import numpy as np
 
+from ...arrays import FloatArray
 from ...spec import DENSE_BITS, SdpaAttributes
-from ..backend import BlockState, DenseState, FloatArray, QuantizedBlock, RowState
+from ..backend import BlockState, DenseState, QuantizedBlock, RowState
 from .quantize import decode_keys, decode_values, quantize_keys, quantize_values
 
 

@@ -68,7 +68,7 @@ class Step:
     def note(self, attributes: SdpaAttributes, rows: tuple[RowState, ...], new_tokens: int) -> None:
         """Note that a node has run, and what it leaves in its slot. The last node commits. Raises CacheError."""
         index = attributes.slot
-        self.windows.setdefault(index, set()).add(attributes.window)
+        self.windows.setdefault(index, set()).add(attributes.window if attributes.evict else 0)
         if new_tokens:
             if attributes.kind == SELF:
                 if index in self.pending:
@@ -111,8 +111,9 @@ class Step:
         return replace(cache.state, lengths=lengths[own], slots=kept)
 
     def _freed(self, slot: SlotState) -> SlotState:
-        """The slot without what no node will see again, if all its nodes have one window."""
-        if slot.attributes.kind != SELF or self.windows.get(slot.attributes.slot) != {slot.attributes.window}:
+        """The slot without what no node will see again, if all its nodes have one window, and evict."""
+        evicts = slot.attributes.evict and self.windows.get(slot.attributes.slot) == {slot.attributes.window}
+        if not evicts:
             return slot
         return replace(slot, rows=tuple(free(row, slot.attributes) for row in slot.rows))
 
@@ -130,8 +131,8 @@ class Step:
         got = next((_sizes(row) for row in slot.rows), first)
         if first not in (None, got):
             raise CacheError(
-                f"slot {slot.attributes.slot} of cache {cache.handle}: expected heads and head sizes {first}, as the rows "
-                f"before, got {got}"
+                f"slot {slot.attributes.slot} of cache {cache.handle}: expected heads and head sizes {first}, as the "
+                f"rows before, got {got}"
             )
 
     def _refuse_slot(self, slot: int, what: str) -> NoReturn:

@@ -17,9 +17,10 @@ from weakref import WeakValueDictionary
 
 import numpy as np
 
+from ...arrays import FloatArray
 from ...errors import CacheError
 from ...spec import ALL_NEW, DEFAULT_HANDLE, DENSE_BITS, SdpaAttributes, StepAttributes
-from ..backend import CacheState, FloatArray, RowState, make_ticket, ticket_handle
+from ..backend import CacheState, RowState, make_ticket, ticket_handle
 from ..state import check_state
 from .caches import EMPTY, NumpyCache, single_ticket
 from .gather import gathered

@@ -134,9 +134,8 @@ static inline Tile tile_at(const Task& task, int64_t index) {
     return dense_tile(task.call.added, task.head, first + cache.residual.tokens, index);
 }
 
-static inline int64_t clamp(int64_t value, int64_t least, int64_t most) {
-    return value < least ? least : value > most ? most : value;
-}
+static inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+static inline int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
 
 // Of a tile's tokens those that query i sees: [0, sinks) and [begin, end).
 struct Seen {
@@ -144,9 +143,9 @@ struct Seen {
 };
 
 static inline Seen seen_of(const Task& task, const Tile& tile, int64_t i) {
-    const int64_t end = clamp(task.visible_end(i) - tile.first, 0, tile.tokens);
-    const int64_t begin = clamp(task.visible_begin(i) - tile.first, 0, end);
-    return {clamp(task.attention.window_sinks - tile.first, 0, begin), begin, end};
+    const int64_t end = most(least(task.visible_end(i) - tile.first, tile.tokens), 0);
+    const int64_t begin = most(least(task.visible_begin(i) - tile.first, end), 0);
+    return {most(least(task.attention.window_sinks - tile.first, begin), 0), begin, end};
 }
 
 static inline bool is_visible(const Task& task, const Tile& tile) {
@@ -168,8 +167,9 @@ static inline void tile_scores(const Task& task, const Tile& tile, const Memory&
 
 // Whether causality or the window hides any of the tile from any query.
 static inline bool hides_some(const Task& task, const Tile& tile) {
-    const Seen last = seen_of(task, tile, task.query + task.queries - 1);
-    return last.sinks < last.begin || seen_of(task, tile, task.query).end < tile.tokens;
+    const int64_t end = tile.first + tile.tokens;
+    const int64_t behind = least(task.visible_begin(task.query + task.queries - 1), end);
+    return behind > most(tile.first, task.attention.window_sinks) || task.visible_end(task.query) < end;
 }
 
 // Whether every score of the tile is what the keys say: no softcap, no mask, no padding, nothing hidden.
@@ -181,6 +181,7 @@ static inline bool is_plain(const Task& task, const Tile& tile) {
 static inline void shape_scores(const Task& task, const Tile& tile, const Memory& memory) {
     const Attention& a = task.attention;
     const int64_t padded = whole_tiles(tile.tokens);
+    const bool hides = hides_some(task, tile);
     int64_t r = 0;
     for (int64_t head = task.head * task.group; head < (task.head + 1) * task.group; ++head)
         for (int64_t i = task.query; i < task.query + task.queries; ++i, ++r) {
@@ -191,7 +192,7 @@ static inline void shape_scores(const Task& task, const Tile& tile, const Memory
                          a.mask + task.plan.row * a.mask_stride[0] + head * a.mask_stride[1] + i * a.mask_stride[2] +
                              (task.call.mask_column + tile.first) * a.mask_stride[3],
                          a.mask_stride[3]);
-            const Seen seen = seen_of(task, tile, i);
+            const Seen seen = hides ? seen_of(task, tile, i) : Seen{0, 0, tile.tokens};
             hide(scores, seen.sinks, seen.begin);
             hide(scores, seen.end, padded);
         }
@@ -213,8 +214,9 @@ static inline void part_values(const Task& task, const Tile& tile, const Memory&
                      memory.panel());
 }
 
-// Each row over the tokens that it sees: the weight of a hidden one is 0, but 0 times infinity is NaN.
-static inline void visible_values(const Task& task, const Tile& tile, const Memory& memory) {
+// Each row over the tokens that it sees: the weight of a hidden one is 0, but 0 times infinity is NaN. Out of line,
+// because it is rare, and inlined it takes a tenth of the speed of dense tiles beside it.
+__attribute__((noinline)) static void visible_values(const Task& task, const Tile& tile, const Memory& memory) {
     for (int64_t r = 0; r < task.rows(); ++r) {
         const Seen seen = seen_of(task, tile, task.q_token(r));
         part_values(task, tile, memory, r, 0, seen.sinks);

@@ -48,42 +48,50 @@ CachePtr find(int64_t handle) {
 class Locked {
 public:
     explicit Locked(const std::vector<CachePtr>& caches) {
-        std::vector<Cache*> in_order;
-        for (const CachePtr& cache : caches) in_order.push_back(cache.get());
-        if (in_order.size() > 1) {
-            std::sort(in_order.begin(), in_order.end(), [](auto* a, auto* b) { return a->handle < b->handle; });
+        if (caches.size() == 1) {
+            only_ = std::unique_lock(caches[0]->mutex);
+        } else {
+            lock_all(caches);
         }
-        for (Cache* cache : in_order) locks_.emplace_back(cache->mutex);
     }
 
 private:
-    std::vector<std::unique_lock<std::mutex>> locks_;
+    void lock_all(const std::vector<CachePtr>& caches) {
+        std::vector<Cache*> in_order;
+        for (const CachePtr& cache : caches) in_order.push_back(cache.get());
+        std::sort(in_order.begin(), in_order.end(), [](auto* a, auto* b) { return a->handle < b->handle; });
+        for (Cache* cache : in_order) all_.emplace_back(cache->mutex);
+    }
+
+    std::unique_lock<std::mutex> only_;
+    std::vector<std::unique_lock<std::mutex>> all_;
 };
 
-// Throws if one of them is closed, the one with the lowest handle.
-void check_open(const std::vector<int64_t>& handles, const std::vector<CachePtr>& caches) {
+// Throws about the closed cache with the lowest handle. `handle_of(i)` is that of cache i.
+template <class HandleOf>
+void check_open(const std::vector<CachePtr>& caches, const HandleOf& handle_of) {
     std::optional<std::size_t> closed;
-    for (std::size_t i = 0; i < handles.size(); ++i) {
+    for (std::size_t i = 0; i < caches.size(); ++i) {
         const bool is_open = caches[i] && !caches[i]->is_closed;
-        if (!is_open && (!closed || handles[i] < handles[*closed])) closed = i;
+        if (!is_open && (!closed || handle_of(i) < handle_of(*closed))) closed = i;
     }
     if (!closed) return;
-    const std::string row = handles.size() > 1 ? "row " + std::to_string(*closed) + ": " : "";
-    throw_cache_error(row + "cache " + std::to_string(handles[*closed]) +
+    const std::string row = caches.size() > 1 ? "row " + std::to_string(*closed) + ": " : "";
+    throw_cache_error(row + "cache " + std::to_string(handle_of(*closed)) +
                       ": expected an open handle, got one that is closed or was never given out");
 }
 
 // Open caches by handle, locked.
 struct Opened {
     explicit Opened(const std::vector<int64_t>& handles) : caches(found(handles)), locked(caches) {
-        check_open(handles, caches);
+        check_open(caches, [&](std::size_t i) { return handles[i]; });
     }
 
     static std::vector<CachePtr> found(const std::vector<int64_t>& handles) {
         std::vector<CachePtr> caches;
         for (const int64_t handle : handles) caches.push_back(find(handle));
-        for (const CachePtr& cache : caches) {
-            if (!cache) check_open(handles, caches);
+        if (std::find(caches.begin(), caches.end(), nullptr) != caches.end()) {
+            check_open(caches, [&](std::size_t i) { return handles[i]; });
         }
         return caches;
     }
@@ -146,9 +154,7 @@ std::shared_ptr<Step> own_step(const Cache& cache, int64_t ticket) {
 // The caches of an open step that has not failed, locked.
 struct Current {
     explicit Current(const Step& step) : locked(step.caches) {
-        std::vector<int64_t> handles;
-        for (const CachePtr& cache : step.caches) handles.push_back(cache->handle);
-        check_open(handles, step.caches);
+        check_open(step.caches, [&](std::size_t i) { return step.caches[i]->handle; });
         step.check_current();
     }
 
@@ -156,13 +162,9 @@ struct Current {
 };
 
 std::shared_ptr<Step> find_step(int64_t ticket) {
-    std::shared_ptr<Step> step = find_wide(ticket);
-    if (!step) {
-        const Opened opened({ticket >> 32});
-        step = own_step(*opened.caches[0], ticket);
-    }
-    const Current current(*step);
-    return step;
+    if (std::shared_ptr<Step> step = find_wide(ticket)) return step;
+    const Opened opened({ticket >> 32});
+    return own_step(*opened.caches[0], ticket);
 }
 
 // One cache locked, for as long as `use` of it runs.

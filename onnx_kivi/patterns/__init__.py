@@ -13,7 +13,7 @@ from typing import Protocol
 
 from ..graph import Node
 from .caches import CacheTensor, Port, Ports, find_caches
-from .decoder_graph import PAST_LENGTH, DecoderGraph, read_decoder
+from .decoder_graph import PAST_LENGTH, ROW_PAST_LENGTH, DecoderGraph, read_decoder
 from .families import decomposed, gqa, mha, ms_attention, onnx_attention, refused, tensor_scatter
 from .match import Added, Filled, MaskTerm, Match, Miss, MissError, Operand
 
@@ -42,6 +42,7 @@ FAMILIES: tuple[Family, ...] = (decomposed, onnx_attention, gqa, mha, ms_attenti
 __all__ = [
     "FAMILIES",
     "PAST_LENGTH",
+    "ROW_PAST_LENGTH",
     "Added",
     "CacheTensor",
     "DecoderGraph",

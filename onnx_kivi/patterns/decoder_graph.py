@@ -11,6 +11,7 @@ from ..spec import SELF
 from .caches import CacheTensor
 
 PAST_LENGTH = "onnx_kivi.past_length"
+ROW_PAST_LENGTH = "onnx_kivi.row_past_length"
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ PORTS: Ports = {"TensorScatter": (Port(0, 0, 2, new=1, fixed=True),)}
 WRITE_INDICES = 2
 WRITTEN = "tokens_must_be_written_where_the_cache_ends"
 HELD = "rows_must_be_of_one_length"
+ONE_LENGTH = "its buffers hold equally many tokens of all rows"
 
 
 def match(decoder: DecoderGraph, node: Node) -> Match | None:
@@ -45,6 +46,7 @@ def match(decoder: DecoderGraph, node: Node) -> Match | None:
         mask=(*mask, Added(prologue.unsqueeze(guard, 1, 2, 3))),
         is_causal=bool(node.attr("is_causal", 0)),
         prologue=prologue.parts,
+        one_length=ONE_LENGTH,
     )
 
 

@@ -39,15 +39,10 @@ def ragged_feeds(session: kivi.Session, rows: Sequence[Array], past: Sequence[in
     for b, row in enumerate(rows):
         ids[b, width - new[b] :] = row
         mask[b, total - past[b] - new[b] :] = 1
-    known = {
-        "input_ids": ids,
-        "attention_mask": mask,
-        "position_ids": np.clip(mask.cumsum(1) - 1, 0, None)[:, -width:],
-        "new_length": np.array(new),
-    }
-    return {i.name: known[i.name].astype(ELEMENTS[i.type]) for i in session.get_inputs()} | {
-        "new_length": np.array(new)
-    }
+    positions = np.clip(mask.cumsum(1) - 1, 0, None)[:, -width:]
+    known = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
+    feeds = {i.name: known[i.name].astype(ELEMENTS[i.type]) for i in session.get_inputs()}
+    return feeds | ({"new_length": np.array(new)} if len({*new}) > 1 else {})
 
 
 def rewritten(name: str, folder: Path, config: kivi.KiviConfig) -> Path:

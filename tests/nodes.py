@@ -1,4 +1,4 @@
-"""Models that consist of the two ops and nothing else, built from the spec."""
+"""Models that consist of the ops and nothing else, built from the spec."""
 
 from __future__ import annotations
 
@@ -13,9 +13,11 @@ from onnx import TensorProto, helper
 
 from onnx_kivi import spec
 from onnx_kivi.runtime import python_host as host
+from onnx_kivi.spec_types import OpSpec
 
+STEPS = {1: spec.KV_CACHE_STEP, 2: spec.KV_CACHE_STEP_V2}
+SDPAS = {1: spec.QUANTIZED_KV_SDPA, 2: spec.QUANTIZED_KV_SDPA_V2}
 ELEMENTS = {"float": TensorProto.FLOAT, "int64": TensorProto.INT64}
-CONTROL = {spec.HANDLE_INPUT: spec.DEFAULT_HANDLE, spec.PAST_LENGTH_INPUT: spec.COMMITTED_LENGTH}
 
 
 def model(
@@ -24,19 +26,23 @@ def model(
     *,
     step_wire: Mapping[str, Any] | None = None,
     sdpa_wire: Mapping[str, Any] | None = None,
+    version: int = 1,
 ) -> onnx.ModelProto:
-    """A model that feeds the same tensors to all `nodes`, with outputs past_length, out0, out1, ...
+    """A model that feeds the same tensors to all `nodes`, with outputs past, (rows,) out0, out1, ...
 
-    The wire mappings overwrite attributes as they are written in the file; None leaves one out.
+    rows are the past lengths of the rows, from `version` 2 on. The wire mappings overwrite attributes as they are
+    written in the file; None leaves one out.
     """
-    step, sdpa = spec.KV_CACHE_STEP, spec.QUANTIZED_KV_SDPA
+    step, sdpa = STEPS[version], SDPAS[version]
+    control = {i.name: spec.CONTROL_INPUTS[i.name] for i in step.inputs}
     tensors = [t for t in sdpa.inputs if t.name != "step"]
     inputs = [helper.make_tensor_value_info(t.name, ELEMENTS[t.element], None) for t in tensors]
-    inputs += [helper.make_tensor_value_info(name, TensorProto.INT64, None) for name in CONTROL]
-    defaults = [helper.make_tensor(name, TensorProto.INT64, [1], [value]) for name, value in CONTROL.items()]
-    attributes = spec.StepAttributes(model_id=model_id, layers=len(nodes)).to_wire()
-    proto_nodes = [_node(step, ["past", "ticket"], list(CONTROL), attributes, step_wire)]
-    outputs = [helper.make_tensor_value_info("past", TensorProto.INT64, None)]
+    inputs += [helper.make_tensor_value_info(name, TensorProto.INT64, None) for name in control]
+    defaults = [helper.make_tensor(name, TensorProto.INT64, [1], [value]) for name, value in control.items()]
+    attributes = spec.StepAttributes(model_id=model_id, layers=len(nodes), spec_version=version).to_wire()
+    past = ["past", "rows"][:version]
+    proto_nodes = [_node(step, [*past, "ticket"], list(control), attributes, step_wire)]
+    outputs = [helper.make_tensor_value_info(name, TensorProto.INT64, None) for name in past]
     for i, node in enumerate(nodes):
         proto_nodes.append(_node(sdpa, [f"out{i}"], [t.name for t in tensors] + ["ticket"], node.to_wire(), sdpa_wire))
         outputs.append(helper.make_tensor_value_info(f"out{i}", TensorProto.FLOAT, None))
@@ -55,17 +61,21 @@ def session(model_proto: onnx.ModelProto, backend: str) -> ort.InferenceSession:
 
 
 def feeds(
-    key: npt.NDArray[np.float32], value: npt.NDArray[np.float32], *, q_heads: int | None = None, **control: int
+    key: npt.NDArray[np.float32],
+    value: npt.NDArray[np.float32],
+    *,
+    q_heads: int | None = None,
+    **control: int | Sequence[int],
 ) -> dict[str, npt.NDArray[Any]]:
     """Inputs of one run: no mask, no head sink, keys (repeated over query heads) as queries."""
     repeats = (q_heads or key.shape[1]) // key.shape[1]
     none = np.zeros((0,), np.float32)
     tensors = {"query": np.repeat(key, repeats, 1), "key": key, "value": value, "attn_mask": none, "head_sink": none}
-    return tensors | {name: np.array([number], np.int64) for name, number in control.items()}
+    return tensors | {name: np.atleast_1d(np.array(numbers, np.int64)) for name, numbers in control.items()}
 
 
 def _node(
-    op: spec.OpSpec, outputs: list[str], inputs: list[str], wire: dict[str, Any], changes: Mapping[str, Any] | None
+    op: OpSpec, outputs: list[str], inputs: list[str], wire: dict[str, Any], changes: Mapping[str, Any] | None
 ) -> onnx.NodeProto:
     attributes = {name: value for name, value in (wire | dict(changes or {})).items() if value is not None}
     return helper.make_node(op.name, inputs, outputs, domain=spec.DOMAIN, name=outputs[0], **attributes)

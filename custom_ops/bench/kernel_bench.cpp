@@ -71,7 +71,8 @@ struct Setup {
     std::vector<std::vector<BlockRef>> refs;
     std::vector<float> keys, values, query, output;
     std::vector<unsigned char*> memory;
-    DenseTokens added;
+    RowCall call{};
+    RowPlan row_plan{};
     Attention attention{};
     int threads;
 
@@ -89,8 +90,8 @@ struct Setup {
         values = normals(kv_heads * most * size);
         query = normals(heads * fresh * size);
         output.resize(query.size());
-        added = {keys.data(), values.data(), fresh, most * size, size, most * size, size};
-        DenseTokens tokens = added;
+        call.added = {keys.data(), values.data(), fresh, most * size, size, most * size, size};
+        DenseTokens tokens = call.added;
         tokens.tokens = block;
         refs.resize(size_t(layers));
         for (int64_t i = 0; i < layers * blocks; ++i) {
@@ -105,25 +106,27 @@ struct Setup {
         attention.rows = 1;
         attention.queries = fresh;
         attention.q_heads = heads;
-        attention.past = attention.position = blocks * block;
-        attention.new_tokens = &added;
+        call.position = blocks * block;
+        attention.row_calls = &call;
         attention.query = query.data();
         attention.query_token_stride = attention.output_token_stride = size;
         attention.query_head_stride = attention.output_head_stride = size * fresh;
         attention.output = output.data();
         attention.scale = 0.0884f;
         attention.causal = options.number("causal");
-        const Plan plan = plan_attention(attention, threads);
+        use_layer(0);
+        const Plan plan = plan_attention(attention, threads, &row_plan);
         for (int i = 0; i <= threads; ++i)
             memory.push_back(arena(std::max(plan.scratch_bytes, plan.workspace_bytes) + 64, false));
         std::printf("%ld layers of %.1f MB, %ld tasks, scratch %.1f KB\n", layers, double(blocks * bytes) / 1e6,
                     plan.tasks, double(plan.scratch_bytes) / 1e3);
     }
 
+    void use_layer(int64_t layer) { call.cache = {{}, 0, blocks ? refs[size_t(layer)].data() : nullptr, blocks, {}}; }
+
     void run(const Kernel& kernel, int64_t layer) {
-        const RowCache cache{{}, refs[size_t(layer)].data(), blocks, {}};
-        attention.caches = &cache;
-        const Plan plan = plan_attention(attention, threads);
+        use_layer(layer);
+        const Plan plan = plan_attention(attention, threads, &row_plan);
         std::vector<std::thread> others;
         auto work = [&](int me) {
             for (int64_t t = me; t < plan.tasks; t += threads)

@@ -47,11 +47,11 @@ KIVI_API int64_t kivi_cache_length(int64_t handle) {
 }
 
 KIVI_API int64_t kivi_cache_sealed_tokens(int64_t handle) {
-    return guarded(int64_t{-1}, [=] { return onnx_kivi::sealed_tokens(onnx_kivi::cache_snapshot(handle)); });
+    return guarded(int64_t{-1}, [=] { return onnx_kivi::sealed_tokens(onnx_kivi::cache_state(handle)); });
 }
 
 KIVI_API int64_t kivi_cache_nbytes(int64_t handle) {
-    return guarded(int64_t{-1}, [=] { return onnx_kivi::nbytes(onnx_kivi::cache_snapshot(handle)); });
+    return guarded(int64_t{-1}, [=] { return onnx_kivi::nbytes(onnx_kivi::cache_state(handle)); });
 }
 
 KIVI_API int kivi_watch_interrupts(void) { return onnx_kivi::watch_interrupts() ? 0 : -1; }

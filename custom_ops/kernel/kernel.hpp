@@ -80,12 +80,22 @@ struct DenseTokens {
     int64_t value_token_stride;
 };
 
-// The cache of one row of one slot; tokens in the order sinks, blocks, residual.
+// The cache of one row of one slot; tokens in the order sinks, freed ones, blocks, residual.
 struct RowCache {
     DenseTokens sinks;
+    int64_t freed;  // tokens that are not held any more, because no query can see them
     const BlockRef* blocks;
     int64_t block_count;
     DenseTokens residual;
+};
+
+// What one row brings to a call. A token's place counts from the first of its own row.
+struct RowCall {
+    RowCache cache;
+    DenseTokens added;    // the new tokens, behind those of the cache; may be 0
+    int64_t first_query;  // the queries before it are padding: they cost nothing, and their output is left alone
+    int64_t position;     // for causal and window: the place of first_query, less first_query
+    int64_t mask_column;  // of the row's first token
 };
 
 // One call of the op over all rows: attend only, nothing is appended. Strides in floats; channels contiguous.
@@ -93,19 +103,16 @@ struct Attention {
     const Layout* layout;
     int64_t rows;
     int64_t q_heads;
-    int64_t queries;   // S
-    int64_t past;      // the tokens of each row's cache
-    int64_t position;  // of query 0, for causal and window: past, or less where the cache holds this step's tokens
+    int64_t queries;  // S
 
-    const RowCache* caches;         // [rows]
-    const DenseTokens* new_tokens;  // [rows]; N each, may be 0
+    const RowCall* row_calls;  // [rows]
 
     const float* query;  // (rows, q_heads, queries, k_size)
     int64_t query_row_stride;
     int64_t query_head_stride;
     int64_t query_token_stride;
 
-    const float* mask;       // (rows, q_heads, queries, past + N) or null; stride 0 where broadcast
+    const float* mask;       // (rows, q_heads, queries, columns) or null; stride 0 where broadcast
     int64_t mask_stride[4];  // the last is 0 or 1
 
     const float* head_sink;  // (q_heads) or null
@@ -116,24 +123,39 @@ struct Attention {
     int64_t output_token_stride;
 
     float scale;
-    float softcap;   // 0 = none
-    int64_t window;  // 0 = none
+    float softcap;         // 0 = none
+    int64_t window;        // 0 = none
+    int64_t window_sinks;  // first tokens that are seen beside it
     bool causal;
     bool nan_to_zero;
 };
 
+// How one row is cut up: its tasks are (query tile, kv head, token split), those of a query tile and kv head a unit.
+struct RowPlan {
+    int64_t row;
+    int64_t work;
+    int64_t query_tiles;
+    int64_t token_splits;  // 1 where a task writes the output itself
+    int64_t first_task;
+    int64_t first_unit;
+};
+
 // How one Attention is cut up. Tasks are independent of each other; once all have run, the combines are too.
 struct Plan {
+    const RowPlan* rows;  // those that have something to do, most work first
+    int64_t row_count;
     int64_t tasks;
-    int64_t combines;         // 0 where tasks write the output themselves
+    int64_t combines;         // one for each unit, or 0 where no row's tokens are split
     int64_t scratch_bytes;    // for each task that runs at a time
     int64_t workspace_bytes;  // shared by all tasks and combines of the call
-    int64_t token_splits;
-    int64_t query_tiles;
     int64_t tile_queries;
 };
 
-Plan plan_attention(const Attention& attention, int threads);
+// Pairs of a query and a token that it may see: 0 for a row without either, of which nothing is written.
+int64_t row_work(const Attention& attention, int64_t row);
+
+// The plan points into `rows`, which has room for attention.rows.
+Plan plan_attention(const Attention& attention, int threads, RowPlan* rows);
 
 // Codes of one block and side in the canonical (file) layout: keys (kv_heads, k_size, ceil(block_tokens * bits / 8)),
 // values (kv_heads, block_tokens, ceil(v_size * bits / 8)), packed along the last axis, lowest bits first; float16

@@ -23,7 +23,8 @@ struct Tile {
 struct Task {
     const Attention& attention;
     const Layout& layout;
-    int64_t row;      // of the batch
+    const RowPlan& plan;
+    const RowCall& call;
     int64_t head;     // kv head
     int64_t group;    // query heads of it
     int64_t query;    // first query
@@ -33,12 +34,12 @@ struct Task {
     int64_t rows() const { return group * queries; }
     int64_t q_head(int64_t r) const { return head * group + r / queries; }
     int64_t q_token(int64_t r) const { return query + r % queries; }
-    // Keys that query i sees are those in [visible_begin, visible_end).
+    // Keys that query i sees are those in [visible_begin, visible_end), and the window's sinks.
     int64_t visible_begin(int64_t i) const {
-        return attention.window > 0 ? attention.position + i - attention.window + 1 : 0;
+        return attention.window > 0 ? call.position + i - attention.window + 1 : 0;
     }
     int64_t visible_end(int64_t i) const {
-        return attention.causal || attention.window > 0 ? attention.position + i + 1 : INT64_MAX;
+        return attention.causal || attention.window > 0 ? call.position + i + 1 : INT64_MAX;
     }
 };
 
@@ -55,20 +56,30 @@ struct Memory {
     Folded folded(int64_t depth) const { return {reinterpret_cast<int32_t*>(base + layout.weights), depth, {}, {}}; }
 };
 
-static inline Task task_at(const Attention& attention, const Plan& plan, int64_t index) {
+// The row whose tasks, or units, begin last at or before `index`.
+template <int64_t RowPlan::*FIRST>
+static inline const RowPlan& row_at(const Plan& plan, int64_t index) {
+    int64_t low = 0, high = plan.row_count;
+    while (high - low > 1) {
+        const int64_t middle = (low + high) / 2;
+        (plan.rows[middle].*FIRST <= index ? low : high) = middle;
+    }
+    return plan.rows[low];
+}
+
+// Task `split` of a unit of the row; its last queries come first, because causal ones see most.
+static inline Task task_at(const Attention& attention, const Plan& plan, const RowPlan& row, int64_t unit,
+                           int64_t split) {
     const Layout& layout = *attention.layout;
-    const int64_t split = index % plan.token_splits;
-    index /= plan.token_splits;
-    const int64_t head = index % layout.shape.kv_heads;
-    index /= layout.shape.kv_heads;
-    const int64_t row = index % attention.rows;
-    const int64_t tile = plan.query_tiles - 1 - index / attention.rows;
-    const int64_t query = tile * plan.tile_queries;
+    const RowCall& call = attention.row_calls[row.row];
+    const int64_t tile = row.query_tiles - 1 - unit / layout.shape.kv_heads;
+    const int64_t query = call.first_query + tile * plan.tile_queries;
     const int64_t left = attention.queries - query;
     return {attention,
             layout,
             row,
-            head,
+            call,
+            unit % layout.shape.kv_heads,
             attention.q_heads / layout.shape.kv_heads,
             query,
             left < plan.tile_queries ? left : plan.tile_queries,
@@ -77,8 +88,9 @@ static inline Task task_at(const Attention& attention, const Plan& plan, int64_t
 
 static inline int64_t panels(int64_t tokens) { return (tokens + PANEL_TOKENS - 1) / PANEL_TOKENS; }
 
-static inline int64_t tile_count(const RowCache& cache, const DenseTokens& added) {
-    return panels(cache.sinks.tokens) + cache.block_count + panels(cache.residual.tokens) + panels(added.tokens);
+static inline int64_t tile_count(const RowCall& call) {
+    const RowCache& cache = call.cache;
+    return panels(cache.sinks.tokens) + cache.block_count + panels(cache.residual.tokens) + panels(call.added.tokens);
 }
 
 static inline Tile dense_tile(const DenseTokens& tokens, int64_t head, int64_t first, int64_t panel) {
@@ -99,12 +111,11 @@ static inline const unsigned char* side_data(const Task& task, const BlockRef* b
 }
 
 static inline Tile tile_at(const Task& task, int64_t index) {
-    const RowCache& cache = task.attention.caches[task.row];
-    const DenseTokens& added = task.attention.new_tokens[task.row];
+    const RowCache& cache = task.call.cache;
     const int64_t block_tokens = task.layout.shape.block_tokens;
     if (index < panels(cache.sinks.tokens)) return dense_tile(cache.sinks, task.head, 0, index);
     index -= panels(cache.sinks.tokens);
-    int64_t first = cache.sinks.tokens;
+    int64_t first = cache.sinks.tokens + cache.freed;
     if (index < cache.block_count) {
         const BlockRef* block = cache.blocks + index;
         return {first + index * block_tokens,
@@ -120,12 +131,27 @@ static inline Tile tile_at(const Task& task, int64_t index) {
     first += cache.block_count * block_tokens;
     if (index < panels(cache.residual.tokens)) return dense_tile(cache.residual, task.head, first, index);
     index -= panels(cache.residual.tokens);
-    return dense_tile(added, task.head, first + cache.residual.tokens, index);
+    return dense_tile(task.call.added, task.head, first + cache.residual.tokens, index);
+}
+
+static inline int64_t clamp(int64_t value, int64_t least, int64_t most) {
+    return value < least ? least : value > most ? most : value;
+}
+
+// Of a tile's tokens those that query i sees: [0, sinks) and [begin, end).
+struct Seen {
+    int64_t sinks, begin, end;
+};
+
+static inline Seen seen_of(const Task& task, const Tile& tile, int64_t i) {
+    const int64_t end = clamp(task.visible_end(i) - tile.first, 0, tile.tokens);
+    const int64_t begin = clamp(task.visible_begin(i) - tile.first, 0, end);
+    return {clamp(task.attention.window_sinks - tile.first, 0, begin), begin, end};
 }
 
 static inline bool is_visible(const Task& task, const Tile& tile) {
     return tile.first < task.visible_end(task.query + task.queries - 1) &&
-           tile.first + tile.tokens > task.visible_begin(task.query);
+           (tile.first + tile.tokens > task.visible_begin(task.query) || tile.first < task.attention.window_sinks);
 }
 
 static inline void tile_scores(const Task& task, const Tile& tile, const Memory& memory) {
@@ -142,8 +168,8 @@ static inline void tile_scores(const Task& task, const Tile& tile, const Memory&
 
 // Whether causality or the window hides any of the tile from any query.
 static inline bool hides_some(const Task& task, const Tile& tile) {
-    return task.visible_begin(task.query + task.queries - 1) > tile.first ||
-           task.visible_end(task.query) < tile.first + tile.tokens;
+    const Seen last = seen_of(task, tile, task.query + task.queries - 1);
+    return last.sinks < last.begin || seen_of(task, tile, task.query).end < tile.tokens;
 }
 
 // Whether every score of the tile is what the keys say: no softcap, no mask, no padding, nothing hidden.
@@ -162,12 +188,12 @@ static inline void shape_scores(const Task& task, const Tile& tile, const Memory
             if (a.softcap > 0) cap_scores(scores, padded, a.softcap);
             if (a.mask)
                 add_mask(scores, tile.tokens,
-                         a.mask + task.row * a.mask_stride[0] + head * a.mask_stride[1] + i * a.mask_stride[2] +
-                             tile.first * a.mask_stride[3],
+                         a.mask + task.plan.row * a.mask_stride[0] + head * a.mask_stride[1] + i * a.mask_stride[2] +
+                             (task.call.mask_column + tile.first) * a.mask_stride[3],
                          a.mask_stride[3]);
-            const int64_t begin = task.visible_begin(i) - tile.first, end = task.visible_end(i) - tile.first;
-            hide(scores, 0, begin < tile.tokens ? begin : tile.tokens);
-            hide(scores, end < 0 ? 0 : end < tile.tokens ? end : tile.tokens, padded);
+            const Seen seen = seen_of(task, tile, i);
+            hide(scores, seen.sinks, seen.begin);
+            hide(scores, seen.end, padded);
         }
 }
 
@@ -178,16 +204,21 @@ static inline void tile_softmax(const Task& task, const Tile& tile, const Memory
         exponentials(memory.scores(r), padded, {memory.peak(r), memory.total(r), memory.sums(r), memory.layout.lanes});
 }
 
+// Row r over the tokens [begin, end) of the tile.
+static inline void part_values(const Task& task, const Tile& tile, const Memory& memory, int64_t r, int64_t begin,
+                               int64_t end) {
+    if (begin < end)
+        dense_values(task.layout.value, tile.value + begin * tile.value_stride, tile.value_stride, end - begin,
+                     memory.scores(r) + begin, memory.layout.scores_stride, 1, memory.sums(r), memory.layout.lanes,
+                     memory.panel());
+}
+
 // Each row over the tokens that it sees: the weight of a hidden one is 0, but 0 times infinity is NaN.
 static inline void visible_values(const Task& task, const Tile& tile, const Memory& memory) {
-    const Scratch& s = memory.layout;
     for (int64_t r = 0; r < task.rows(); ++r) {
-        const int64_t from = task.visible_begin(task.q_token(r)) - tile.first;
-        const int64_t to = task.visible_end(task.q_token(r)) - tile.first;
-        const int64_t begin = from > 0 ? from : 0, end = to < tile.tokens ? to : tile.tokens;
-        if (begin < end)
-            dense_values(task.layout.value, tile.value + begin * tile.value_stride, tile.value_stride, end - begin,
-                         memory.scores(r) + begin, s.scores_stride, 1, memory.sums(r), s.lanes, memory.panel());
+        const Seen seen = seen_of(task, tile, task.q_token(r));
+        part_values(task, tile, memory, r, 0, seen.sinks);
+        part_values(task, tile, memory, r, seen.begin, seen.end);
     }
 }
 
@@ -214,7 +245,7 @@ static inline void tile_values(const Task& task, const Tile& tile, const Memory&
 static inline void start_rows(const Task& task, const Memory& memory) {
     const Attention& a = task.attention;
     for (int64_t r = 0; r < task.rows(); ++r) {
-        const float* from = a.query + task.row * a.query_row_stride + task.q_head(r) * a.query_head_stride +
+        const float* from = a.query + task.plan.row * a.query_row_stride + task.q_head(r) * a.query_head_stride +
                             task.q_token(r) * a.query_token_stride;
         float* query = memory.query(r);
         for (int64_t d = 0; d < memory.layout.query_stride; ++d)
@@ -230,7 +261,7 @@ static inline void start_rows(const Task& task, const Memory& memory) {
 static inline void write_row(const Task& task, int64_t r, const float* sums, float total) {
     const Attention& a = task.attention;
     const Side& side = task.layout.value;
-    float* to = a.output + task.row * a.output_row_stride + task.q_head(r) * a.output_head_stride +
+    float* to = a.output + task.plan.row * a.output_row_stride + task.q_head(r) * a.output_head_stride +
                 task.q_token(r) * a.output_token_stride;
     const bool is_nan = !(total > 0);
     const float factor = is_nan ? __builtin_nanf("") : 1.0f / total;
@@ -243,11 +274,13 @@ static inline void write_row(const Task& task, int64_t r, const float* sums, flo
 }
 
 static void run_task(const Attention& attention, const Plan& plan, int64_t index, void* scratch, void* workspace) {
-    const Task task = task_at(attention, plan, index);
+    const RowPlan& row = row_at<&RowPlan::first_task>(plan, index);
+    const int64_t own = index - row.first_task, splits = row.token_splits;
+    const Task task = task_at(attention, plan, row, own / splits, own % splits);
     const Memory memory{make_scratch(task.layout, task.group * plan.tile_queries), static_cast<float*>(scratch)};
-    const int64_t tiles = tile_count(attention.caches[task.row], attention.new_tokens[task.row]);
+    const int64_t tiles = tile_count(task.call);
     start_rows(task, memory);
-    for (int64_t t = tiles * task.split / plan.token_splits; t < tiles * (task.split + 1) / plan.token_splits; ++t) {
+    for (int64_t t = tiles * task.split / splits; t < tiles * (task.split + 1) / splits; ++t) {
         const Tile tile = tile_at(task, t);
         if (!is_visible(task, tile)) continue;
         tile_scores(task, tile, memory);
@@ -258,7 +291,7 @@ static void run_task(const Attention& attention, const Plan& plan, int64_t index
     float* to = static_cast<float*>(workspace) + index * task.group * plan.tile_queries * partial;
     for (int64_t r = 0; r < task.rows(); ++r, to += partial) {
         const float total = row_total(memory.total(r));
-        if (plan.combines == 0) {
+        if (splits == 1) {
             write_row(task, r, memory.sums(r), total);
             continue;
         }
@@ -269,13 +302,16 @@ static void run_task(const Attention& attention, const Plan& plan, int64_t index
 }
 
 static void run_combine(const Attention& attention, const Plan& plan, int64_t index, void* workspace) {
-    const Task task = task_at(attention, plan, index * plan.token_splits);
+    const RowPlan& row = row_at<&RowPlan::first_unit>(plan, index);
+    if (row.token_splits == 1) return;
+    const int64_t unit = index - row.first_unit, first_task = row.first_task + unit * row.token_splits;
+    const Task task = task_at(attention, plan, row, unit, 0);
     const int64_t partial = partial_floats(task.layout);
     const int64_t split_stride = task.group * plan.tile_queries * partial;
-    float* first = static_cast<float*>(workspace) + index * plan.token_splits * split_stride;
+    float* first = static_cast<float*>(workspace) + first_task * split_stride;
     for (int64_t r = 0; r < task.rows(); ++r) {
         float* whole = first + r * partial;
-        for (int64_t split = 1; split < plan.token_splits; ++split) {
+        for (int64_t split = 1; split < row.token_splits; ++split) {
             float* part = whole + split * split_stride;
             const float peak = part[0] > whole[0] ? part[0] : whole[0];
             const float keep = whole[0] == peak ? 1 : exp1(whole[0] - peak);

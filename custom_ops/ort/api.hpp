@@ -1,6 +1,7 @@
 // onnxruntime's C API as C++ wants it: failures as exceptions inside a callback, as OrtStatus at its edge.
 #pragma once
 
+#include <algorithm>
 #include <string>
 #include <vector>
 
@@ -119,6 +120,13 @@ public:
         return true;
     }
 
+    // Whether the node has an attribute of that name, of whatever type.
+    bool has(const std::string& name) const {
+        std::size_t size = 0;
+        OrtStatus* status = get_string(name.c_str(), nullptr, &size);
+        return status == nullptr || take_message(api_, status) != absence_of(name);
+    }
+
 private:
     OrtStatus* get_string(const char* name, char* text, std::size_t* size) const {
         return call<KernelInfoGetAttribute_string>(api_, info_, name, text, size);
@@ -126,26 +134,38 @@ private:
 
     bool is_there(const char* name, const char* type, OrtStatus* status) const {
         if (status == nullptr) return true;
+        if (take_message(api_, status) != absence_of(name)) refuse_type(name, type, "another type");
+        return false;
+    }
+
+    std::string absence_of(const std::string& name) const {
         const std::string nobody = "onnx_kivi_no_such_attribute";
         std::size_t size = 0;
         std::string absent = take_message(api_, get_string(nobody.c_str(), nullptr, &size));
         if (const auto at = absent.find(nobody); at != std::string::npos) absent.replace(at, nobody.size(), name);
-        if (take_message(api_, status) != absent) refuse_type(name, type, "another type");
-        return false;
+        return absent;
     }
 
     const OrtApi* api_;
     const OrtKernelInfo* info_;
 };
 
-// Valid attributes of a node. Those that it lacks keep their defaults. Throws Error(config) if one has none, or is of
-// another type, and as `validate` does.
+// Valid attributes of a node, of `version` unless it says another. Those that it lacks keep their defaults. Throws
+// Error(config) if one has none, is of another type, or came with a later version, and as `validate` does.
 template <class Attributes>
-Attributes read_attributes(const OrtApi* api, const OrtKernelInfo* info) {
+Attributes read_attributes(const OrtApi* api, const OrtKernelInfo* info, int64_t version) {
     const AttributeReader reader(api, info);
+    reader.read("spec_version", version);
+    check_version(version);
+    const std::vector<std::string> known = field_names<Attributes>(version);
+    for (const std::string& name : field_names<Attributes>(LAST_VERSION)) {
+        const bool is_known = std::find(known.begin(), known.end(), name) != known.end();
+        if (!is_known && reader.has(name)) refuse_unknown(name, known);
+    }
     Attributes attributes;
+    attributes.spec_version = version;
     int index = 0;
-    Attributes::fields(attributes, [&](const char* name, auto& member) {
+    Attributes::fields(attributes, version, [&](const char* name, auto& member) {
         if (!reader.read(name, member) && index < Attributes::REQUIRED) {
             throw Error(ErrorKind::config,
                         std::string("attribute ") + name + ": missing; rewrite the original model again");

@@ -1,4 +1,5 @@
-// The two ops of the domain as onnxruntime custom ops.
+// The ops of the domain as onnxruntime custom ops, for sessions of one onnxruntime. They are stateless and never freed,
+// because options and sessions hold them by pointer.
 #pragma once
 
 #include <vector>
@@ -7,9 +8,14 @@
 
 namespace onnx_kivi::ort {
 
-// All of them, for sessions of one onnxruntime; QuantizedKvSdpa once for each element type. They are stateless and
-// never freed, because options and sessions hold them by pointer. Without `infer_shapes` onnxruntime learns no output
-// shape of QuantizedKvSdpa.
-std::vector<const CustomOp*> make_custom_ops(const OrtApi* api, bool infer_shapes);
+// KvCacheStep and KvCacheStepV2.
+std::vector<const CustomOp*> make_step_ops(const OrtApi* api);
+
+// QuantizedKvSdpa and QuantizedKvSdpaV2, each once for each element type. Without `infer_shapes` onnxruntime learns no
+// output shape of theirs.
+std::vector<const CustomOp*> make_sdpa_ops(const OrtApi* api, bool infer_shapes);
+
+// Ops that are only specified: a model that has one is refused by its name when it loads.
+std::vector<const CustomOp*> make_unbuilt_ops(const OrtApi* api);
 
 }  // namespace onnx_kivi::ort

@@ -7,6 +7,7 @@
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
+#include <algorithm>
 #include <type_traits>
 
 #include "../store/kernel_choice.hpp"
@@ -27,27 +28,38 @@ void translate(const std::exception_ptr& pointer, void*) {
     }
 }
 
+template <class Member>
+void read(const char* name, const nb::object& value, Member& member) {
+    if constexpr (std::is_same_v<Member, double>) {
+        member = parse_decimal(name, nb::cast<std::string>(value));
+    } else {
+        member = nb::cast<Member>(value);
+    }
+}
+
 template <class Attributes>
 Attributes from_wire(const nb::dict& values) {
+    const bool has_version = values.contains("spec_version");
+    const int64_t version = has_version ? nb::cast<int64_t>(values["spec_version"]) : FIRST_VERSION;
+    check_version(version);
+    const std::vector<std::string> known = field_names<Attributes>(version);
+    for (const auto& [name, value] : values) {
+        const auto text = nb::cast<std::string>(name);
+        if (std::find(known.begin(), known.end(), text) == known.end()) refuse_unknown(text, known);
+    }
     Attributes attributes;
-    Attributes::fields(attributes, [&](const char* name, auto& member) {
-        const nb::object value = values[name];
-        if constexpr (std::is_same_v<decltype(member), double&>) {
-            member = parse_decimal(name, nb::cast<std::string>(value));
-        } else {
-            member = nb::cast<std::remove_reference_t<decltype(member)>>(value);
-        }
-    });
+    Attributes::fields(attributes, version, [&](const char* name, auto& member) { read(name, values[name], member); });
     validate(attributes);
     return attributes;
 }
 
 // (name, wire type, default or None) of each attribute, for the test that compares them with the spec.
 template <class Attributes>
-nb::list attribute_specs() {
+nb::list attribute_specs(int64_t version) {
     nb::list specs;
-    const Attributes defaults;
-    Attributes::fields(defaults, [&](const char* name, const auto& member) {
+    Attributes defaults;
+    defaults.spec_version = version;
+    Attributes::fields(defaults, version, [&](const char* name, const auto& member) {
         const bool is_int = std::is_same_v<decltype(member), const int64_t&>;
         const bool required = static_cast<int>(specs.size()) < Attributes::REQUIRED;
         specs.append(nb::make_tuple(name, is_int ? "int" : "string", required ? nb::none() : nb::cast(member)));
@@ -123,19 +135,33 @@ NB_MODULE(_native, m) {
 
     m.def("new_cache", [] { return new_cache(); });
     m.def("close", [](int64_t handle) { released<void>([&] { close_cache(handle); }); });
-    m.def("open_step", [](int64_t handle, int64_t past_length, const StepAttributes& step) {
-        return released<std::pair<int64_t, int64_t>>([&] { return open_step(handle, past_length, step); });
+    m.def("open_rows", [](const std::vector<int64_t>& handles, const std::vector<int64_t>& past_lengths,
+                          const std::vector<int64_t>& new_lengths, const StepAttributes& step) {
+        return released<std::pair<std::vector<int64_t>, int64_t>>(
+            [&] { return open_rows(handles, past_lengths, new_lengths, step); });
     });
     m.def("attend", attend_arrays);
+    m.def("members",
+          [](int64_t ticket) { return released<std::vector<int64_t>>([&] { return step_members(ticket); }); });
     m.def("length", [](int64_t handle) { return released<int64_t>([&] { return cache_length(handle); }); });
+    m.def("lengths",
+          [](int64_t handle) { return released<std::vector<int64_t>>([&] { return cache_lengths(handle); }); });
     m.def("sealed_tokens",
-          [](int64_t handle) { return released<int64_t>([&] { return sealed_tokens(cache_snapshot(handle)); }); });
-    m.def("nbytes", [](int64_t handle) { return released<int64_t>([&] { return nbytes(cache_snapshot(handle)); }); });
+          [](int64_t handle) { return released<int64_t>([&] { return sealed_tokens(cache_state(handle)); }); });
+    m.def("nbytes", [](int64_t handle) { return released<int64_t>([&] { return nbytes(cache_state(handle)); }); });
+    m.def("shared_nbytes",
+          [](int64_t handle) { return released<int64_t>([&] { return cache_shared_nbytes(handle); }); });
     m.def("dense_nbytes",
-          [](int64_t handle) { return released<int64_t>([&] { return dense_nbytes(cache_snapshot(handle)); }); });
+          [](int64_t handle) { return released<int64_t>([&] { return dense_nbytes(cache_state(handle)); }); });
     m.def("crop", [](int64_t handle, int64_t length) { released<void>([&] { crop_cache(handle, length); }); });
+    m.def("crop_rows", [](int64_t handle, const std::vector<int64_t>& lengths) {
+        released<void>([&] { crop_rows(handle, lengths); });
+    });
     m.def("reset", [](int64_t handle) { released<void>([&] { reset_cache(handle); }); });
     m.def("fork", [](int64_t handle) { return released<int64_t>([&] { return fork_cache(handle); }); });
+    m.def("gather", [](const std::vector<std::pair<int64_t, int64_t>>& rows) {
+        return released<int64_t>([&] { return gather_rows(rows); });
+    });
     m.def("reorder", [](int64_t handle, const std::vector<int64_t>& index) {
         released<void>([&] { reorder_cache(handle, index); });
     });

@@ -1,6 +1,7 @@
 // Caches to and from the canonical layout, as nested tuples of NumPy arrays; onnx_kivi/runtime/native.py gives them
 // the dataclasses of onnx_kivi/runtime/backend.py. Absent sides and parts follow those.
 #include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
 
 #include "../store/canonical.hpp"
 #include "../store/import.hpp"
@@ -13,7 +14,7 @@ namespace {
 template <class Attributes>
 nb::dict to_wire(const Attributes& attributes) {
     nb::dict wire;
-    Attributes::fields(attributes, [&](const char* name, const auto& member) {
+    Attributes::fields(attributes, attributes.spec_version, [&](const char* name, const auto& member) {
         if constexpr (std::is_same_v<decltype(member), const double&>) {
             wire[name] = nb::repr(nb::float_(member));
         } else {
@@ -25,12 +26,12 @@ nb::dict to_wire(const Attributes& attributes) {
 
 // (keys, values) of dense tokens.
 template <class Fill>
-std::pair<nb::object, nb::object> export_tokens(const SlotLayout& layout, int64_t tokens, const Fill& fill) {
+nb::tuple export_tokens(const SlotLayout& layout, int64_t tokens, const Fill& fill) {
     const SlotShape& shape = layout.blocks.shape;
     auto [key, key_data] = make_array<float>({shape.kv_heads, tokens, shape.k_size}, FLOAT32);
     auto [value, value_data] = make_array<float>({shape.kv_heads, tokens, shape.v_size}, FLOAT32);
     if (tokens > 0) fill(TokensState{key_data, value_data, tokens});
-    return {key, value};
+    return nb::make_tuple(key, value);
 }
 
 // An array if the side is dense, else (codes, lo, scale).
@@ -53,8 +54,9 @@ std::pair<nb::object, SideState> make_side(const SlotLayout& layout, bool dense,
     return {nb::make_tuple(codes, lo, scale), memory};
 }
 
+// ((sink key, sink value), freed, [block, ...], (residual key, residual value))
 nb::tuple export_row(const SlotLayout& layout, const Row& row) {
-    const auto [sink_key, sink_value] =
+    const nb::tuple sinks =
         export_tokens(layout, row.sink_tokens(layout), [&](const TokensState& to) { export_sinks(layout, row, to); });
     nb::list blocks;
     for (int64_t i = 0; i < row.sealed_blocks(); ++i) {
@@ -64,23 +66,24 @@ nb::tuple export_row(const SlotLayout& layout, const Row& row) {
         export_block(layout, block, {key_memory, value_memory});
         blocks.append(nb::make_tuple(key, value));
     }
-    const auto [residual_key, residual_value] = export_tokens(
-        layout, row.residual_tokens(layout), [&](const TokensState& to) { export_residual(layout, row, to); });
-    return nb::make_tuple(sink_key, sink_value, blocks, residual_key, residual_value);
+    const nb::tuple residual = export_tokens(layout, row.residual_tokens(layout),
+                                             [&](const TokensState& to) { export_residual(layout, row, to); });
+    return nb::make_tuple(sinks, row.freed(), blocks, residual);
 }
 
-// (step's wire attributes or None, length, [(wire attributes, [row, ...]), ...])
+// (step's wire attributes or None, lengths, [(wire attributes, [row, ...]), ...])
 nb::tuple export_state(int64_t handle) {
-    const Snapshot snapshot = cache_snapshot(handle);
-    nb::list slots;
-    for (const auto& [index, slot] : snapshot.slots) {
+    const State state = cache_state(handle);
+    nb::list slots, lengths;
+    for (const int64_t length : state.lengths) lengths.append(length);
+    for (const auto& [index, slot] : state.slots) {
         nb::list rows;
-        for (const Row& row : slot.rows) rows.append(export_row(slot.layout, row));
-        slots.append(nb::make_tuple(to_wire(slot.attributes), rows));
+        for (const Row& row : slot.rows) rows.append(export_row(*slot.layout, row));
+        slots.append(nb::make_tuple(to_wire(*slot.attributes), rows));
     }
     nb::object step = nb::none();
-    if (snapshot.step) step = to_wire(*snapshot.step);
-    return nb::make_tuple(step, snapshot.length, slots);
+    if (state.step) step = to_wire(*state.step);
+    return nb::make_tuple(step, lengths, slots);
 }
 
 // Arrays of a state that is being imported, held for as long: a contiguous copy may stand in for what was given.
@@ -101,7 +104,9 @@ public:
     }
 
     RowArrays row(nb::handle given) {
-        RowArrays row{view(given[0]), view(given[1]), {}, view(given[3]), view(given[4])};
+        const nb::handle sinks = given[0], residual = given[3];
+        RowArrays row{view(sinks[0]),    view(sinks[1]),   nb::cast<int64_t>(given[1]), {},
+                      view(residual[0]), view(residual[1])};
         for (const nb::handle block : given[2]) row.blocks.push_back({side(block[0]), side(block[1])});
         return row;
     }
@@ -112,11 +117,11 @@ private:
     std::vector<AnyArray> held_;
 };
 
-int64_t import_arrays(const StepAttributes* step, int64_t length, const nb::list& slots) {
+int64_t import_arrays(const StepAttributes* step, const std::vector<int64_t>& lengths, const nb::list& slots) {
     Arrays arrays;
     StateArrays state;
     if (step) state.step = *step;
-    state.length = length;
+    state.lengths = lengths;
     for (const nb::handle given : slots) {
         SlotArrays slot{nb::cast<SdpaAttributes>(given[0]), {}};
         for (const nb::handle row : given[1]) slot.rows.push_back(arrays.row(row));
@@ -129,7 +134,7 @@ int64_t import_arrays(const StepAttributes* step, int64_t length, const nb::list
 
 void bind_state(nb::module_& m) {
     m.def("export_state", export_state);
-    m.def("import_state", import_arrays, nb::arg("step").none(), nb::arg("length"), nb::arg("slots"));
+    m.def("import_state", import_arrays, nb::arg("step").none(), nb::arg("lengths"), nb::arg("slots"));
 }
 
 }  // namespace onnx_kivi

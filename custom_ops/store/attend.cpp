@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <atomic>
 
+#include "block.hpp"
+
 namespace onnx_kivi {
 
 namespace {
@@ -23,11 +25,19 @@ constexpr double LEAST_WORK_PER_THREAD = 1 << 19;
 
 // Threads that are worth their waking for this call.
 int threads_for(const Attention& attention, const Dims& dims, int available) {
-    const int64_t keys =
-        attention.window > 0 ? std::min(dims[P] + dims[N], attention.window + dims[S]) : dims[P] + dims[N];
-    const double rows = static_cast<double>(dims[B]) * static_cast<double>(dims[HQ]) * static_cast<double>(dims[S]);
-    const double work = rows * static_cast<double>(keys) * static_cast<double>(dims[DK] + dims[DV]);
+    double work = 0;
+    for (int64_t row = 0; row < attention.rows; ++row) work += static_cast<double>(row_work(attention, row));
+    work *= static_cast<double>(dims[HQ]) * static_cast<double>(dims[DK] + dims[DV]);
     return static_cast<int>(std::clamp<double>(work / LEAST_WORK_PER_THREAD, 1, available));
+}
+
+// Zeros for the queries that are padding, and for rows without tokens.
+void clear_unwritten(const Attention& attention, const Dims& dims) {
+    const int64_t size = dims[HQ] * dims[S] * dims[DV];
+    for (int64_t row = 0; row < attention.rows; ++row) {
+        const bool is_whole = attention.row_calls[row].first_query == 0 && row_work(attention, row) > 0;
+        if (!is_whole) std::fill_n(attention.output + row * size, size, 0.0F);
+    }
 }
 
 int64_t whole_lines(int64_t bytes) { return (bytes + LINE_BYTES - 1) / LINE_BYTES * LINE_BYTES; }
@@ -35,23 +45,13 @@ int64_t whole_lines(int64_t bytes) { return (bytes + LINE_BYTES - 1) / LINE_BYTE
 }  // namespace
 
 void run_attention(const SdpaAttributes& attributes, const Layout& layout, const Kernel& kernel, const Dims& dims,
-                   int64_t position, const std::vector<RowCache>& rows, const std::vector<DenseTokens>& new_tokens,
-                   const Call& call, Scheduler& scheduler) {
-    const int64_t outputs = dims[B] * dims[HQ] * dims[S] * dims[DV];
-    if (outputs == 0) return;
-    if (dims[P] + dims[N] == 0) {
-        std::fill_n(call.output, outputs, 0.0F);
-        return;
-    }
+                   const std::vector<RowCall>& rows, const Call& call, Scheduler& scheduler) {
     Attention attention{};
     attention.layout = &layout;
     attention.rows = dims[B];
     attention.q_heads = dims[HQ];
     attention.queries = dims[S];
-    attention.past = dims[P];
-    attention.position = position;
-    attention.caches = rows.data();
-    attention.new_tokens = new_tokens.data();
+    attention.row_calls = rows.data();
     attention.query = call.query.data;
     attention.query_token_stride = dims[DK];
     attention.query_head_stride = dims[S] * dims[DK];
@@ -65,14 +65,21 @@ void run_attention(const SdpaAttributes& attributes, const Layout& layout, const
     attention.scale = static_cast<float>(attributes.scale);
     attention.softcap = static_cast<float>(attributes.softcap);
     attention.window = attributes.window;
+    attention.window_sinks = attributes.window_sinks;
     attention.causal = attributes.is_causal != 0;
     attention.nan_to_zero = attributes.nan_to_zero != 0;
 
+    clear_unwritten(attention, dims);
+
+    // Of the caller's thread, kept: every step needs the same again.
+    thread_local std::vector<RowPlan> row_plans;
+    thread_local AlignedBuffer buffer;
+    row_plans.resize(rows.size());
     const int threads = threads_for(attention, dims, scheduler.threads());
-    const Plan plan = plan_attention(attention, threads);
+    const Plan plan = plan_attention(attention, threads, row_plans.data());
+    if (plan.tasks == 0) return;
     const int64_t workers = std::min<int64_t>(plan.tasks, threads);
     const int64_t scratch = whole_lines(plan.scratch_bytes), workspace = whole_lines(plan.workspace_bytes);
-    thread_local AlignedBuffer buffer;  // of the caller, kept: every step needs the same again
     buffer.reserve(workspace + workers * scratch);
     unsigned char* const memory = buffer.data();
     std::atomic<int64_t> next{0};
@@ -85,21 +92,6 @@ void run_attention(const SdpaAttributes& attributes, const Layout& layout, const
     });
     if (scheduler.is_stopped()) throw_cache_error("the run was interrupted, and its tokens are dropped");
     for (int64_t i = 0; i < plan.combines; ++i) kernel.run_combine(attention, plan, i, memory);
-}
-
-std::vector<DenseTokens> new_tokens_of(const Call& call, const Dims& dims) {
-    std::vector<DenseTokens> tokens(static_cast<std::size_t>(dims[B]));
-    for (std::size_t b = 0; b < tokens.size(); ++b) {
-        const auto first_head = static_cast<int64_t>(b) * dims[HKV];
-        tokens[b] = {call.key.data + first_head * dims[N] * dims[DK],
-                     call.value.data + first_head * dims[N] * dims[DV],
-                     dims[N],
-                     dims[N] * dims[DK],
-                     dims[DK],
-                     dims[N] * dims[DV],
-                     dims[DV]};
-    }
-    return tokens;
 }
 
 }  // namespace onnx_kivi

@@ -1,6 +1,7 @@
 // Memory of blocks: aligned, counted by reference, shared between rows and caches.
 #pragma once
 
+#include <atomic>
 #include <cstdlib>
 #include <memory>
 #include <new>
@@ -36,12 +37,27 @@ private:
 };
 
 // block_tokens tokens of one row, all kv heads, in the kernel's layout; `dense` says which sides are f32.
-struct Block {
-    Block(const Layout& layout, uint32_t dense) : memory(block_bytes(layout, dense)), dense(dense) {}
+//
+// A dense block is filled from the front. Rows that share one may see different numbers of its tokens, so whoever
+// adds some claims their places first; who comes second copies the block.
+class Block {
+public:
+    Block(const Layout& layout, uint32_t dense, int64_t filled)
+        : memory(block_bytes(layout, dense)), dense(dense), claimed_(filled) {}
     BlockRef ref() const { return {memory.data(), dense}; }
 
-    ArenaMemory memory;
-    uint32_t dense;
+    // Whether the places [held, held + tokens) were nobody's, and are the caller's now.
+    bool claim(int64_t held, int64_t tokens) { return claimed_.compare_exchange_strong(held, held + tokens); }
+    // From now on nobody adds to this block.
+    void close() { claimed_.store(INT64_MAX); }
+    // Only its one holder, which sees `held` tokens of it, may call this.
+    void reopen(int64_t held) { claimed_.store(held); }
+
+    const ArenaMemory memory;
+    const uint32_t dense;
+
+private:
+    std::atomic<int64_t> claimed_;
 };
 
 using BlockPtr = std::shared_ptr<Block>;

@@ -13,12 +13,21 @@ DenseTokens view(const Layout& layout, const TokensState& state) {
         shape.v_size};
 }
 
-void append(const SlotLayout& layout, Row& row, const Layout& part, const TokensState& tokens) {
-    if (tokens.tokens == 0) return;
+Row appended(const SlotLayout& layout, const Row& row, const Layout& part, const TokensState& tokens) {
+    if (tokens.tokens == 0) return row;
     Serial serial;
-    std::vector<Row> rows{std::move(row)};
-    Row::append(layout, active_kernel(), rows, {view(part, tokens)}, serial);
-    row = std::move(rows.front());
+    return Row::append(layout, active_kernel(), {row}, {view(part, tokens)}, serial).front();
+}
+
+BlockPtr import_block(const SlotLayout& layout, const BlockState& from) {
+    const uint32_t dense = (from.key.dense ? KEY_DENSE : NONE_DENSE) | (from.value.dense ? VALUE_DENSE : NONE_DENSE);
+    auto block = std::make_shared<Block>(layout.blocks, dense, layout.block_tokens);
+    const DenseTokens given = view(layout.blocks, {from.key.dense, from.value.dense, layout.block_tokens});
+    copy_tokens(layout.blocks, given, dense_tokens(layout.blocks, *block, 0, layout.block_tokens));
+    unsigned char* const data = block->memory.data();
+    if (!from.key.dense) import_side(layout.blocks, data, dense, true, from.key.quantized);
+    if (!from.value.dense) import_side(layout.blocks, data, dense, false, from.value.quantized);
+    return block;
 }
 
 }  // namespace
@@ -43,23 +52,12 @@ void export_block(const SlotLayout& layout, const Block& block, const BlockState
     if (!(block.dense & VALUE_DENSE)) export_side(layout.blocks, block.ref(), false, to.value.quantized);
 }
 
-Row import_row(const SlotLayout& layout, const TokensState& sinks, const std::vector<BlockState>& blocks,
+Row import_row(const SlotLayout& layout, const TokensState& sinks, int64_t freed, const std::vector<BlockState>& blocks,
                const TokensState& residual) {
-    Row row;
-    append(layout, row, layout.sinks, sinks);
-    for (const BlockState& from : blocks) {
-        const uint32_t dense =
-            (from.key.dense ? KEY_DENSE : NONE_DENSE) | (from.value.dense ? VALUE_DENSE : NONE_DENSE);
-        auto block = std::make_shared<Block>(layout.blocks, dense);
-        const DenseTokens given = view(layout.blocks, {from.key.dense, from.value.dense, layout.block_tokens});
-        copy_tokens(layout.blocks, given, dense_tokens(layout.blocks, *block, 0, layout.block_tokens));
-        unsigned char* const data = block->memory.data();
-        if (!from.key.dense) import_side(layout.blocks, data, dense, true, from.key.quantized);
-        if (!from.value.dense) import_side(layout.blocks, data, dense, false, from.value.quantized);
-        row.add_sealed(layout, std::move(block));
-    }
-    append(layout, row, layout.blocks, residual);
-    return row;
+    std::vector<BlockPtr> sealed;
+    for (const BlockState& block : blocks) sealed.push_back(import_block(layout, block));
+    const Row row = appended(layout, Row(), layout.sinks, sinks).with_sealed(layout, freed, std::move(sealed));
+    return appended(layout, row, layout.blocks, residual);
 }
 
 }  // namespace onnx_kivi

@@ -30,7 +30,7 @@ KIVI_API void export_block(const SlotLayout& layout, const Block& block, const B
 KIVI_API void export_residual(const SlotLayout& layout, const Row& row, const TokensState& to);
 
 // A row of this content, which import.cpp has found consistent.
-Row import_row(const SlotLayout& layout, const TokensState& sinks, const std::vector<BlockState>& blocks,
+Row import_row(const SlotLayout& layout, const TokensState& sinks, int64_t freed, const std::vector<BlockState>& blocks,
                const TokensState& residual);
 
 }  // namespace onnx_kivi

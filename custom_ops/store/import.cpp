@@ -1,9 +1,9 @@
 #include "import.hpp"
 
 #include <algorithm>
-#include <set>
 
 #include "canonical.hpp"
+#include "shapes.hpp"
 
 namespace onnx_kivi {
 
@@ -86,7 +86,7 @@ void check_row(const std::string& where, const RowOptions& options, const RowArr
     check_array(where + ", residual", row.residual_key, {sizes.heads, residual, sizes.key}, FLOAT32);
     check_array(where + ", sinks", row.sink_key, {sizes.heads, sinks, sizes.key}, FLOAT32);
     check_array(where + ", sinks", row.sink_value, {sizes.heads, sinks, sizes.value}, FLOAT32);
-    const bool full = sinks == options.sink_length || (row.blocks.empty() && residual == 0);
+    const bool full = sinks == options.sink_length || (row.blocks.empty() && residual == 0 && row.freed == 0);
     const int64_t most = options.residual_length + options.block_tokens;
     if (sinks > options.sink_length || !full || residual >= most) {
         throw_cache_error(where + ": expected " + text(options.sink_length) + " sinks and fewer than " + text(most) +
@@ -95,43 +95,73 @@ void check_row(const std::string& where, const RowOptions& options, const RowArr
     for (const BlockArrays& block : row.blocks) check_block(where, options, block, sizes);
 }
 
-void check_slot(const SlotArrays& slot, int64_t length) {
+int64_t tokens_in_blocks(const RowOptions& options, const RowArrays& row) {
+    return row.residual_key.shape[1] + static_cast<int64_t>(row.blocks.size()) * options.block_tokens;
+}
+
+// Freed tokens among them: any number of those may be claimed, so that it need not fit an int64_t.
+struct RowLength {
+    uint64_t wrapped;
+    bool is_negative;
+
+    RowLength(const RowOptions& options, const RowArrays& row)
+        : wrapped(static_cast<uint64_t>(row.sink_key.shape[1] + tokens_in_blocks(options, row)) +
+                  static_cast<uint64_t>(row.freed)),
+          is_negative(row.freed < 0 && static_cast<int64_t>(wrapped) < 0) {}
+
+    bool is(int64_t length) const { return wrapped == static_cast<uint64_t>(length); }
+    std::string shown() const { return is_negative ? text(static_cast<int64_t>(wrapped)) : std::to_string(wrapped); }
+};
+
+void check_freed(const std::string& where, const SdpaAttributes& attributes, const RowArrays& row) {
+    if (row.freed == 0) return;
+    const RowOptions& options = attributes.row;
+    const bool is_hidden = attributes.evict && tokens_in_blocks(options, row) >= attributes.window - 1;
+    if (row.freed > 0 && row.freed % options.block_tokens == 0 && is_hidden) return;
+    throw_cache_error(where + ": expected freed tokens in whole blocks that the window of " + text(attributes.window) +
+                      " hides, got " + text(row.freed) + " of " + RowLength(options, row).shown());
+}
+
+void check_slot(const SlotArrays& slot, const std::vector<int64_t>& lengths) {
     const std::string where = "cache state, slot " + text(slot.attributes.slot);
     const RowOptions& options = slot.attributes.row;
-    std::set<int64_t> lengths;
-    for (const RowArrays& row : slot.rows) {
-        check_row(where, options, row, sizes_of(where, slot.rows.front()));
-        lengths.insert(row.sink_key.shape[1] + row.residual_key.shape[1] +
-                       static_cast<int64_t>(row.blocks.size()) * options.block_tokens);
+    const int64_t longest = lengths.empty() ? 0 : *std::max_element(lengths.begin(), lengths.end());
+    if (!slot.rows.empty() && slot.rows.size() != lengths.size()) {
+        throw_cache_error(where + ": expected as many rows in each slot, " + std::to_string(lengths.size()) + ", got " +
+                          std::to_string(slot.rows.size()));
     }
-    const bool agree =
-        options.is_cross() ? lengths.size() <= 1 : lengths == std::set{length} || (lengths.empty() && length == 0);
-    if (!agree) {
-        throw_cache_error(where + ": expected " + text(length) + " tokens in each row, got " +
-                          list_text({lengths.begin(), lengths.end()}));
+    if (longest > 0 && !options.is_cross() && slot.rows.empty()) {
+        throw_cache_error(where + ": expected " + text(longest) + " tokens, got no rows");
+    }
+    for (std::size_t b = 0; b < slot.rows.size(); ++b) {
+        const RowArrays& row = slot.rows[b];
+        check_row(where, options, row, sizes_of(where, slot.rows.front()));
+        const RowLength held(options, row);
+        if (!options.is_cross() && !held.is(lengths[b])) {
+            throw_cache_error(where + ": expected " + text(lengths[b]) + " tokens in the row, got " + held.shown());
+        }
+        check_freed(where, slot.attributes, row);
     }
 }
 
 void check_cache(const StateArrays& state) {
-    if (state.length < 0) throw_cache_error("cache state: expected a length >= 0, got " + text(state.length));
+    const auto [least, most] = std::minmax_element(state.lengths.begin(), state.lengths.end());
+    const int64_t longest = state.lengths.empty() ? 0 : *most;
+    if (!state.lengths.empty() && *least < 0) {
+        throw_cache_error("cache state: expected a length >= 0, got " + text(*least));
+    }
     if (!state.slots.empty() && !state.step) throw_cache_error("cache state: expected the step's attributes, got none");
     Shape numbers;
-    std::set<int64_t> batches;
     bool grows = false;
     for (const SlotArrays& slot : state.slots) {
         numbers.push_back(slot.attributes.slot);
-        grows = grows || !slot.attributes.row.is_cross();
-        if (!slot.rows.empty()) batches.insert(static_cast<int64_t>(slot.rows.size()));
+        grows = grows || (!slot.attributes.row.is_cross() && !slot.rows.empty());
     }
     if (std::adjacent_find(numbers.begin(), numbers.end(), std::greater_equal<>()) != numbers.end()) {
         throw_cache_error("cache state: expected slots in ascending order, each once, got " + list_text(numbers));
     }
-    if (state.length > 0 && !grows) {
-        throw_cache_error("cache state: expected slots that hold the " + text(state.length) + " tokens, got none");
-    }
-    if (batches.size() > 1) {
-        throw_cache_error("cache state: expected as many rows in each slot, got " +
-                          list_text({batches.begin(), batches.end()}));
+    if (longest > 0 && !grows) {
+        throw_cache_error("cache state: expected slots that hold the " + text(longest) + " tokens, got none");
     }
 }
 
@@ -152,25 +182,26 @@ SideState side_state(const SideArrays& side) {
 Row row_of(const SlotLayout& layout, const RowArrays& row) {
     std::vector<BlockState> blocks;
     for (const BlockArrays& block : row.blocks) blocks.push_back({side_state(block.key), side_state(block.value)});
-    return import_row(layout, tokens_state(row.sink_key, row.sink_value), blocks,
+    return import_row(layout, tokens_state(row.sink_key, row.sink_value), row.freed, blocks,
                       tokens_state(row.residual_key, row.residual_value));
 }
 
 }  // namespace
 
-Snapshot import_state(const StateArrays& state) {
+State import_state(const StateArrays& state) {
     check_cache(state);
-    for (const SlotArrays& slot : state.slots) check_slot(slot, state.length);
-    Snapshot snapshot{state.step, state.length, {}};
+    for (const SlotArrays& slot : state.slots) check_slot(slot, state.lengths);
+    State result{state.step, state.lengths, {}};
     for (const SlotArrays& from : state.slots) {
-        Slot& slot = snapshot.slots[from.attributes.slot];
-        slot.attributes = from.attributes;
+        Slot& slot = result.slots[from.attributes.slot];
+        slot.attributes = std::make_shared<const SdpaAttributes>(from.attributes);
         if (from.rows.empty()) continue;
         const Shape &key = from.rows[0].residual_key.shape, &value = from.rows[0].residual_value.shape;
-        slot.layout = make_slot_layout(from.attributes.row, key[0], key[2], value[2]);
-        for (const RowArrays& row : from.rows) slot.rows.push_back(row_of(slot.layout, row));
+        slot.layout =
+            std::make_shared<const SlotLayout>(make_slot_layout(from.attributes.row, key[0], key[2], value[2]));
+        for (const RowArrays& row : from.rows) slot.rows.push_back(row_of(*slot.layout, row));
     }
-    return snapshot;
+    return result;
 }
 
 }  // namespace onnx_kivi

@@ -6,7 +6,7 @@
 #include <string>
 #include <vector>
 
-#include "cache.hpp"
+#include "state.hpp"
 
 namespace onnx_kivi {
 
@@ -31,6 +31,7 @@ struct BlockArrays {
 
 struct RowArrays {
     ArrayView sink_key, sink_value;
+    int64_t freed = 0;
     std::vector<BlockArrays> blocks;
     ArrayView residual_key, residual_value;
 };
@@ -42,11 +43,11 @@ struct SlotArrays {
 
 struct StateArrays {
     std::optional<StepAttributes> step;
-    int64_t length = 0;
+    std::vector<int64_t> lengths;
     std::vector<SlotArrays> slots;
 };
 
 // What `state` says, copied. Throws Error(cache) unless appending could have left it.
-KIVI_API Snapshot import_state(const StateArrays& state);
+KIVI_API State import_state(const StateArrays& state);
 
 }  // namespace onnx_kivi

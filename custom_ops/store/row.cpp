@@ -15,16 +15,21 @@ int32_t narrow(int64_t value) {
 
 constexpr uint32_t ALL_DENSE = KEY_DENSE | VALUE_DENSE;
 
-// The block, copied first if someone else holds it too.
-Block& writable(const Layout& layout, BlockPtr& block, int64_t tokens) {
-    if (block && block.use_count() == 1) {
-        std::atomic_thread_fence(std::memory_order_acquire);  // the last other holder may have just let go
-        return *block;
+int64_t token_bytes(const SlotLayout& layout) {
+    const SlotShape& shape = layout.blocks.shape;
+    return int64_t{shape.kv_heads} * (shape.k_size + shape.v_size) * static_cast<int64_t>(sizeof(float));
+}
+
+// A dense block with `more` behind the first `held` tokens of `block`, which is null if there are none: the same one
+// if nobody else has added to it.
+BlockPtr extended(const Layout& layout, const BlockPtr& block, int64_t held, const DenseTokens& more) {
+    BlockPtr own = block;
+    if (!block || !block->claim(held, more.tokens)) {
+        own = std::make_shared<Block>(layout, ALL_DENSE, held + more.tokens);
+        if (block) copy_tokens(layout, dense_tokens(layout, *block, 0, held), dense_tokens(layout, *own, 0, held));
     }
-    auto own = std::make_shared<Block>(layout, ALL_DENSE);
-    if (block) copy_tokens(layout, dense_tokens(layout, *block, 0, tokens), dense_tokens(layout, *own, 0, tokens));
-    block = std::move(own);
-    return *block;
+    copy_tokens(layout, more, dense_tokens(layout, *own, held, more.tokens));
+    return own;
 }
 
 }  // namespace
@@ -44,135 +49,217 @@ SlotLayout make_slot_layout(const RowOptions& options, int64_t heads, int64_t k_
             options.sink_length};
 }
 
+void Row::List::resize(std::size_t count) {
+    blocks.resize(count);
+    refs.resize(count);
+}
+
+void Row::List::set(std::size_t i, BlockPtr block) {
+    refs[i] = block->ref();
+    blocks[i] = std::move(block);
+}
+
+// A row on its way to the next: its list of blocks is copied once it changes.
+class Row::Growth {
+public:
+    // Takes the tokens that stay dense for now, and lists what is to be sealed.
+    Growth(const SlotLayout& layout, const Row& from, const DenseTokens& tokens) : row_(from) {
+        const int64_t old_sinks = from.sink_tokens(layout);
+        row_.tokens_ += tokens.tokens;
+        const int64_t to_sinks = row_.sink_tokens(layout) - old_sinks;
+        if (to_sinks > 0) row_.sinks_ = extended(layout.sinks, from.sinks_, old_sinks, slice(tokens, 0, to_sinks));
+        const int64_t full = (row_.after_sinks(layout) - layout.residual_length) / layout.block_tokens;
+        row_.sealed_ = std::max(from.sealed_, full);
+        take(layout, from.after_sinks(layout), slice(tokens, to_sinks, tokens.tokens - to_sinks));
+        for (int64_t i = from.sealed_; i < std::min(row_.sealed_, from.held_blocks()); ++i) {
+            seal(i, dense_tokens(layout.blocks, row_.block(i), 0, layout.block_tokens));
+        }
+    }
+
+    // One block to seal, of the residual or straight from the new tokens.
+    struct Sealing {
+        std::size_t index;
+        DenseTokens tokens;
+        BlockPtr block;
+    };
+
+    std::vector<Sealing> sealings;
+
+    // What holds the tokens so far; null if they come straight from the caller.
+    const BlockPtr& source(const Sealing& sealing) const { return row_.list_->blocks[sealing.index]; }
+
+    Row finish() && {
+        for (Sealing& sealing : sealings) {
+            if (source(sealing) != sealing.block) list().set(sealing.index, std::move(sealing.block));
+        }
+        return std::move(row_);
+    }
+
+private:
+    // Positions count the tokens in blocks, which end at `begin` so far.
+    void take(const SlotLayout& layout, int64_t begin, const DenseTokens& tokens) {
+        const int64_t size = layout.block_tokens, end = begin + tokens.tokens;
+        const int64_t blocks = (end + size - 1) / size;
+        if (blocks > row_.held_blocks()) list().resize(static_cast<std::size_t>(blocks));
+        for (int64_t at = begin; at < end;) {
+            const int64_t i = at / size, offset = at % size, count = std::min(size - offset, end - at);
+            const DenseTokens part = slice(tokens, at - begin, count);
+            at += count;
+            if (count == size && i < row_.sealed_) {
+                seal(i, part);
+                continue;
+            }
+            const BlockPtr& held = row_.list_->blocks[static_cast<std::size_t>(i)];
+            BlockPtr block = extended(layout.blocks, held, offset, part);
+            if (block != held) list().set(static_cast<std::size_t>(i), std::move(block));
+        }
+    }
+
+    void seal(int64_t i, const DenseTokens& tokens) {
+        sealings.push_back({static_cast<std::size_t>(i), tokens, nullptr});
+    }
+
+    // The list, this row's own.
+    List& list() {
+        if (!own_) {
+            own_ = row_.list_ ? std::make_shared<List>(*row_.list_) : std::make_shared<List>();
+            row_.list_ = own_;
+        }
+        return *own_;
+    }
+
+    Row row_;
+    std::shared_ptr<List> own_;
+};
+
+namespace {
+
+// Encodes all blocks that are to be sealed, in parallel.
+template <class Growth>
+void seal(const SlotLayout& layout, const Kernel& kernel, std::vector<Growth>& growths, Scheduler& scheduler) {
+    const uint32_t least = least_dense(layout.blocks);
+    struct Work {
+        typename Growth::Sealing* sealing;
+        uint32_t must_be_dense;
+    };
+    std::vector<Work> all;
+    for (Growth& growth : growths) {
+        for (auto& sealing : growth.sealings) {
+            const BlockPtr& source = growth.source(sealing);
+            if (source && source->dense == least) {
+                sealing.block = source;
+            } else {
+                sealing.block = std::make_shared<Block>(layout.blocks, least, layout.block_tokens);
+                all.push_back({&sealing, least});
+            }
+        }
+    }
+    scheduler.for_each(all.size(), [&](std::size_t i) {
+        const auto& sealing = *all[i].sealing;
+        all[i].must_be_dense = kernel.encode_block(layout.blocks, least, sealing.tokens, sealing.block->memory.data());
+    });
+    for (const Work& work : all) {
+        if (work.must_be_dense == least) continue;
+        auto block = std::make_shared<Block>(layout.blocks, work.must_be_dense, layout.block_tokens);
+        kernel.encode_block(layout.blocks, work.must_be_dense, work.sealing->tokens, block->memory.data());
+        work.sealing->block = std::move(block);
+    }
+}
+
+}  // namespace
+
+std::vector<Row> Row::append(const SlotLayout& layout, const Kernel& kernel, const std::vector<Row>& rows,
+                             const std::vector<DenseTokens>& tokens, Scheduler& scheduler) {
+    std::vector<Growth> growths;
+    for (std::size_t r = 0; r < rows.size(); ++r) growths.emplace_back(layout, rows[r], tokens[r]);
+    seal(layout, kernel, growths, scheduler);
+    std::vector<Row> grown;
+    for (Growth& growth : growths) grown.push_back(std::move(growth).finish());
+    return grown;
+}
+
 int64_t Row::sink_tokens(const SlotLayout& layout) const { return std::min(tokens_, layout.sink_length); }
 
 int64_t Row::residual_tokens(const SlotLayout& layout) const {
-    return tokens_ - sink_tokens(layout) - sealed_ * layout.block_tokens;
+    return after_sinks(layout) - sealed_ * layout.block_tokens;
 }
 
-int64_t Row::sealed_after(const SlotLayout& layout, int64_t tokens) const {
-    const int64_t after_sinks = tokens - std::min(tokens, layout.sink_length);
-    return std::max(sealed_, (after_sinks - layout.residual_length) / layout.block_tokens);
-}
-
-void Row::set_block(std::size_t i, BlockPtr block) {
-    refs_[i] = block->ref();
-    blocks_[i] = std::move(block);
-}
-
-std::vector<Row::Undo> Row::append(const SlotLayout& layout, const Kernel& kernel, std::vector<Row>& rows,
-                                   const std::vector<DenseTokens>& tokens, Scheduler& scheduler) try {
-    std::vector<Undo> undo(rows.size());
-    std::vector<Sealing> sealings;
-    for (std::size_t r = 0; r < rows.size(); ++r) undo[r] = rows[r].take(layout, tokens[r], sealings);
-    seal(layout, kernel, sealings, scheduler);
-    for (Sealing& s : sealings) s.row->set_block(s.index, std::move(s.block));
-    for (std::size_t r = 0; r < rows.size(); ++r) {
-        rows[r].tokens_ += tokens[r].tokens;
-        rows[r].sealed_ = rows[r].sealed_after(layout, rows[r].tokens_);
-    }
-    return undo;
-} catch (...) {
-    for (Row& row : rows) row.truncate(layout, row.tokens_);
-    throw;
-}
-
-Row::Undo Row::take(const SlotLayout& layout, const DenseTokens& from, std::vector<Sealing>& sealings) {
-    const int64_t size = layout.block_tokens, total = tokens_ + from.tokens;
-    const int64_t old_sinks = sink_tokens(layout), to_sinks = std::min(total, layout.sink_length) - old_sinks;
-    if (to_sinks > 0) {
-        const Block& sinks = writable(layout.sinks, sinks_, old_sinks);
-        copy_tokens(layout.sinks, slice(from, 0, to_sinks), dense_tokens(layout.sinks, sinks, old_sinks, to_sinks));
-    }
-
-    // Positions from here on count the tokens after the sinks.
-    const int64_t begin = tokens_ - old_sinks, end = begin + from.tokens - to_sinks;
-    const int64_t sealed = sealed_after(layout, total);
-    const auto old_blocks = static_cast<int64_t>(blocks_.size());
-    const auto blocks = static_cast<std::size_t>((end + size - 1) / size);
-    blocks_.resize(blocks);
-    refs_.resize(blocks);
-    for (int64_t at = begin; at < end;) {
-        const auto i = static_cast<std::size_t>(at / size);
-        const int64_t offset = at % size, count = std::min(size - offset, end - at);
-        const DenseTokens part = slice(from, to_sinks + at - begin, count);
-        if (count == size && at / size < sealed) {
-            sealings.push_back({this, i, part, nullptr});
-        } else {
-            const Block& block = writable(layout.blocks, blocks_[i], offset);
-            refs_[i] = block.ref();
-            copy_tokens(layout.blocks, part, dense_tokens(layout.blocks, block, offset, count));
+Row Row::crop(const SlotLayout& layout, const Kernel& kernel, int64_t length) const {
+    if (length == 0) return {};
+    Row cut = *this;
+    cut.tokens_ = length;
+    const int64_t held = std::max<int64_t>(cut.after_sinks(layout), 0);
+    const int64_t whole = held / layout.block_tokens, rest = held % layout.block_tokens;
+    const auto blocks = static_cast<std::size_t>(whole + (rest > 0));
+    const bool cuts_sealed = whole < sealed_ && rest > 0;
+    cut.sealed_ = std::min(sealed_, whole);
+    if (cuts_sealed || static_cast<int64_t>(blocks) < held_blocks()) {
+        auto list = std::make_shared<List>(*list_);
+        list->resize(blocks);
+        if (cuts_sealed) {
+            auto decoded = std::make_shared<Block>(layout.blocks, ALL_DENSE, rest);
+            const auto last = static_cast<std::size_t>(whole);
+            kernel.decode_block(layout.blocks, list->refs[last], 0, rest,
+                                dense_tokens(layout.blocks, *decoded, 0, rest));
+            list->set(last, std::move(decoded));
         }
-        at += count;
+        cut.list_ = std::move(list);
     }
-    Undo undo{tokens_, sealed_, {}};
-    for (int64_t b = sealed_; b < sealed; ++b) {
-        const auto i = static_cast<std::size_t>(b);
-        if (b < old_blocks) undo.originals.push_back(blocks_[i]);
-        if (blocks_[i]) sealings.push_back({this, i, dense_tokens(layout.blocks, *blocks_[i], 0, size), nullptr});
-    }
-    return undo;
+    return cut;
 }
 
-void Row::seal(const SlotLayout& layout, const Kernel& kernel, std::vector<Sealing>& sealings, Scheduler& scheduler) {
-    const uint32_t least = least_dense(layout.blocks);
-    for (Sealing& s : sealings) {
-        const BlockPtr& residual = s.row->blocks_[s.index];
-        s.block = residual && residual->dense == least ? residual : std::make_shared<Block>(layout.blocks, least);
-    }
-    std::vector<uint32_t> must_be_dense(sealings.size(), least);
-    scheduler.for_each(sealings.size(), [&](std::size_t i) {
-        const Sealing& s = sealings[i];
-        if (s.block != s.row->blocks_[s.index]) {
-            must_be_dense[i] = kernel.encode_block(layout.blocks, least, s.tokens, s.block->memory.data());
-        }
-    });
-    for (std::size_t i = 0; i < sealings.size(); ++i) {
-        if (must_be_dense[i] == least) continue;
-        sealings[i].block = std::make_shared<Block>(layout.blocks, must_be_dense[i]);
-        kernel.encode_block(layout.blocks, must_be_dense[i], sealings[i].tokens, sealings[i].block->memory.data());
-    }
+Row Row::free(const SlotLayout& layout, int64_t window) const {
+    const int64_t hidden = tokens_ - window + 1 - sink_tokens(layout) - freed_;
+    const int64_t count = window > 0 ? std::min(std::max<int64_t>(hidden, 0) / layout.block_tokens, sealed_) : 0;
+    if (count == 0) return *this;
+    Row rest = *this;
+    auto list = std::make_shared<List>();
+    list->blocks.assign(list_->blocks.begin() + count, list_->blocks.end());
+    list->refs.assign(list_->refs.begin() + count, list_->refs.end());
+    rest.list_ = std::move(list);
+    rest.freed_ += count * layout.block_tokens;
+    rest.sealed_ -= count;
+    return rest;
 }
 
-void Row::undo(const SlotLayout& layout, Undo&& undo) {
-    for (std::size_t i = 0; i < undo.originals.size(); ++i) {
-        set_block(static_cast<std::size_t>(undo.sealed) + i, std::move(undo.originals[i]));
-    }
-    sealed_ = undo.sealed;
-    truncate(layout, undo.tokens);
+Row Row::with_sealed(const SlotLayout& layout, int64_t freed, std::vector<BlockPtr> blocks) const {
+    Row row = *this;
+    auto list = std::make_shared<List>();
+    for (const BlockPtr& block : blocks) list->refs.push_back(block->ref());
+    list->blocks = std::move(blocks);
+    row.sealed_ = static_cast<int64_t>(list->blocks.size());
+    row.list_ = std::move(list);
+    row.freed_ = freed;
+    row.tokens_ += freed + row.sealed_ * layout.block_tokens;
+    return row;
 }
 
-void Row::truncate(const SlotLayout& layout, int64_t tokens) {
-    const int64_t after_sinks = std::max<int64_t>(tokens - layout.sink_length, 0);
-    const auto blocks = static_cast<std::size_t>((after_sinks + layout.block_tokens - 1) / layout.block_tokens);
-    blocks_.resize(blocks);
-    refs_.resize(blocks);
-    tokens_ = tokens;
+void Row::part() const {
+    if (sinks_) sinks_->close();
+    if (held_blocks() > sealed_) list_->blocks.back()->close();
 }
 
-void Row::crop(const SlotLayout& layout, const Kernel& kernel, int64_t length) {
-    const int64_t after_sinks = std::max<int64_t>(length - layout.sink_length, 0);
-    const int64_t whole = after_sinks / layout.block_tokens, rest = after_sinks % layout.block_tokens;
-    if (whole < sealed_) {
-        sealed_ = whole;
-        if (rest > 0) {
-            const auto i = static_cast<std::size_t>(whole);
-            auto decoded = std::make_shared<Block>(layout.blocks, ALL_DENSE);
-            kernel.decode_block(layout.blocks, refs_[i], 0, rest, dense_tokens(layout.blocks, *decoded, 0, rest));
-            set_block(i, std::move(decoded));
-        }
-    }
-    truncate(layout, length);
+void Row::reclaim(const SlotLayout& layout) const {
+    // Acquires what a holder that has let go wrote.
+    const auto is_only_holder = [](const auto& shared) {
+        if (shared.use_count() != 1) return false;
+        std::atomic_thread_fence(std::memory_order_acquire);
+        return true;
+    };
+    if (sinks_ && is_only_holder(sinks_)) sinks_->reopen(sink_tokens(layout));
+    if (held_blocks() == sealed_ || !is_only_holder(list_)) return;
+    const int64_t tail = residual_tokens(layout) % layout.block_tokens;
+    if (tail > 0 && is_only_holder(list_->blocks.back())) list_->blocks.back()->reopen(tail);
 }
 
 RowCache Row::view(const SlotLayout& layout) const {
-    const int64_t dense = residual_tokens(layout), tail = dense % layout.block_tokens;
-    const auto whole = static_cast<int64_t>(blocks_.size()) - (tail != 0);
+    const int64_t tail = residual_tokens(layout) % layout.block_tokens;
     RowCache view{};
     view.sinks = sinks(layout);
-    view.blocks = refs_.data();
-    view.block_count = whole;
-    if (tail) view.residual = dense_tokens(layout.blocks, *blocks_.back(), 0, tail);
+    view.freed = freed_;
+    view.blocks = list_ ? list_->refs.data() : nullptr;
+    view.block_count = held_blocks() - (tail != 0);
+    if (tail) view.residual = dense_tokens(layout.blocks, *list_->blocks.back(), 0, tail);
     return view;
 }
 
@@ -185,27 +272,36 @@ DenseTokens Row::residual_piece(const SlotLayout& layout, int64_t i) const {
     return dense_tokens(layout.blocks, block(sealed_ + i), 0, std::min(size, residual_tokens(layout) - i * size));
 }
 
+int64_t Row::block_nbytes(const SlotLayout& layout, int64_t i) const {
+    if (i < sealed_) return block(i).memory.bytes();
+    return residual_piece(layout, i - sealed_).tokens * token_bytes(layout);
+}
+
 int64_t Row::nbytes(const SlotLayout& layout) const {
-    const SlotShape& shape = layout.blocks.shape;
-    const int64_t token_bytes =
-        int64_t{shape.kv_heads} * (shape.k_size + shape.v_size) * static_cast<int64_t>(sizeof(float));
-    int64_t bytes = (sink_tokens(layout) + residual_tokens(layout)) * token_bytes;
-    for (int64_t i = 0; i < sealed_; ++i) bytes += block(i).memory.bytes();
+    int64_t bytes = sink_tokens(layout) * token_bytes(layout);
+    for (int64_t i = 0; i < held_blocks(); ++i) bytes += block_nbytes(layout, i);
+    return bytes;
+}
+
+int64_t Row::shared_nbytes(const SlotLayout& layout, const Row* next) const {
+    int64_t bytes = 0;
+    if (sinks_.use_count() > 1 + (next && next->sinks_ == sinks_)) bytes = sink_tokens(layout) * token_bytes(layout);
+    const bool same_list = next && next->list_ == list_;
+    const bool shares_list = list_.use_count() > 1 + same_list;
+    for (int64_t i = 0; i < held_blocks(); ++i) {
+        const auto at = static_cast<std::size_t>(i);
+        const BlockPtr& block = list_->blocks[at];
+        const bool in_next = next && !same_list && i < next->held_blocks() && next->list_->blocks[at] == block;
+        if (shares_list || block.use_count() > 1 + in_next) bytes += block_nbytes(layout, i);
+    }
     return bytes;
 }
 
 int64_t Row::quantized_tokens(const SlotLayout& layout) const {
     const uint32_t least = least_dense(layout.blocks);
-    const auto encoded = std::count_if(blocks_.begin(), blocks_.begin() + sealed_,
-                                       [least](const BlockPtr& block) { return block->dense == least; });
-    return encoded * layout.block_tokens;
-}
-
-void Row::add_sealed(const SlotLayout& layout, BlockPtr block) {
-    refs_.push_back(block->ref());
-    blocks_.push_back(std::move(block));
-    ++sealed_;
-    tokens_ += layout.block_tokens;
+    int64_t encoded = 0;
+    for (int64_t i = 0; i < sealed_; ++i) encoded += block(i).dense == least;
+    return freed_ + encoded * layout.block_tokens;
 }
 
 }  // namespace onnx_kivi

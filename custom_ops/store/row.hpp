@@ -1,9 +1,10 @@
-// One row of one slot: sinks, sealed blocks, dense residual (KIVI, arXiv 2402.02750, section 3).
+// One row of one slot as an immutable value: append, seal, free, crop and measure all give a new value or a number
+// (KIVI, arXiv 2402.02750, section 3; onnx_kivi/runtime/numpy_backend/rows.py).
 //
-// The tokens after the sinks are cut into blocks from the start: the first `sealed` of them are encoded, those after
-// are the residual, dense in the same memory, the last one filled in part. So sealing replaces one pointer, a row
-// depends on its tokens only and not on how they were split over calls, and a copy of a row shares all its blocks;
-// whoever appends to a shared block copies it first.
+// The tokens after the sinks, and after those that a window has freed, are cut into blocks from the start: the first
+// `sealed` of them are encoded, those after are the residual, dense in the same memory, the last one filled in part. A
+// row depends on its tokens only and not on how they were split over calls. Copies share all blocks, and the list of
+// them; a row that grows shares with its past self all but what changed.
 #pragma once
 
 #include <vector>
@@ -28,66 +29,62 @@ KIVI_API SlotLayout make_slot_layout(const RowOptions& options, int64_t heads, i
 
 class KIVI_API Row {
 public:
-    // What brings a row back to where it was before its last append.
-    struct Undo {
-        int64_t tokens = 0;
-        int64_t sealed = 0;
-        std::vector<BlockPtr> originals;  // of the blocks [sealed, ...) that held tokens and were encoded since
-    };
-
-    int64_t tokens() const { return tokens_; }
+    int64_t tokens() const { return tokens_; }  // freed ones among them
+    int64_t freed() const { return freed_; }
     int64_t sealed_blocks() const { return sealed_; }
     int64_t sink_tokens(const SlotLayout& layout) const;
     int64_t residual_tokens(const SlotLayout& layout) const;
-    const Block& block(int64_t i) const { return *blocks_[static_cast<std::size_t>(i)]; }
+    const Block& block(int64_t i) const { return *list_->blocks[static_cast<std::size_t>(i)]; }
 
-    // Appends to each row its tokens (as many for every row), seals what is full; gives the undo of each row.
-    static std::vector<Undo> append(const SlotLayout& layout, const Kernel& kernel, std::vector<Row>& rows,
-                                    const std::vector<DenseTokens>& tokens, Scheduler& scheduler);
-    void undo(const SlotLayout& layout, Undo&& undo);
-
+    // Each row with its tokens at its end, every full block sealed.
+    static std::vector<Row> append(const SlotLayout& layout, const Kernel& kernel, const std::vector<Row>& rows,
+                                   const std::vector<DenseTokens>& tokens, Scheduler& scheduler);
     // The first `length` tokens; the kept ones of a cut sealed block are decoded and become the residual.
-    void crop(const SlotLayout& layout, const Kernel& kernel, int64_t length);
+    Row crop(const SlotLayout& layout, const Kernel& kernel, int64_t length) const;
+    // Without the sealed blocks that this window hides from every query to come.
+    Row free(const SlotLayout& layout, int64_t window) const;
+    // A row that holds nothing but sinks, with freed tokens and sealed blocks behind them.
+    Row with_sealed(const SlotLayout& layout, int64_t freed, std::vector<BlockPtr> blocks) const;
 
-    // For the kernel; valid until the row changes.
+    // Makes this row and its copies part: each copies its open blocks when it grows.
+    void part() const;
+    // Lets this row grow in place again if it has no copies: after a crop, a rollback, or the end of other copies.
+    void reclaim(const SlotLayout& layout) const;
+
+    // For the kernel; valid as long as the row is.
     RowCache view(const SlotLayout& layout) const;
 
     // Views of the dense ends, as they are.
     DenseTokens sinks(const SlotLayout& layout) const;
     // The residual, in pieces of up to block_tokens.
-    int64_t residual_pieces() const { return static_cast<int64_t>(blocks_.size()) - sealed_; }
+    int64_t residual_pieces() const { return held_blocks() - sealed_; }
     DenseTokens residual_piece(const SlotLayout& layout, int64_t i) const;
 
     // Bytes of sealed blocks as held, and of the dense tokens: what they take, not what is set aside for more.
     int64_t nbytes(const SlotLayout& layout) const;
-    // Tokens in blocks whose sides of fewer than 32 bits are all encoded.
+    // Of these, the bytes that other rows hold too. `next`, if not null, is this row within an open step.
+    int64_t shared_nbytes(const SlotLayout& layout, const Row* next) const;
+    // Freed tokens, and those in blocks whose sides of fewer than 32 bits are all encoded.
     int64_t quantized_tokens(const SlotLayout& layout) const;
 
-    // Adds a sealed block to a row without a residual.
-    void add_sealed(const SlotLayout& layout, BlockPtr block);
-
 private:
-    // A full block to encode: from the residual, or straight from the new tokens.
-    struct Sealing {
-        Row* row;
-        std::size_t index;
-        DenseTokens tokens;
-        BlockPtr block;
+    struct List {
+        std::vector<BlockPtr> blocks;
+        std::vector<BlockRef> refs;  // of the blocks, as the kernel wants them
+
+        void resize(std::size_t count);
+        void set(std::size_t i, BlockPtr block);
     };
+    class Growth;
 
-    // Copies new tokens where they stay dense for now, and lists the blocks to seal; the row's counts stand still.
-    Undo take(const SlotLayout& layout, const DenseTokens& from, std::vector<Sealing>& sealings);
-    static void seal(const SlotLayout& layout, const Kernel& kernel, std::vector<Sealing>& sealings,
-                     Scheduler& scheduler);
-
-    int64_t sealed_after(const SlotLayout& layout, int64_t tokens) const;
-    void set_block(std::size_t i, BlockPtr block);
-    void truncate(const SlotLayout& layout, int64_t tokens);
+    int64_t held_blocks() const { return list_ ? static_cast<int64_t>(list_->blocks.size()) : 0; }
+    int64_t after_sinks(const SlotLayout& layout) const { return tokens_ - sink_tokens(layout) - freed_; }
+    int64_t block_nbytes(const SlotLayout& layout, int64_t i) const;
 
     BlockPtr sinks_;
-    std::vector<BlockPtr> blocks_;
-    std::vector<BlockRef> refs_;  // of blocks_, as the kernel wants them
+    std::shared_ptr<const List> list_;
     int64_t sealed_ = 0;
+    int64_t freed_ = 0;
     int64_t tokens_ = 0;
 };
 

@@ -9,6 +9,7 @@ nothing is compiled.
 from __future__ import annotations
 
 import re
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -153,7 +154,12 @@ def library_path() -> str:
 
 
 def register(options: ort.SessionOptions) -> None:
-    """Make sessions that are built with `options` serve the ops natively, without Python."""
+    """Make sessions that are built with `options` serve the ops natively, without Python.
+
+    On the main thread Ctrl-C ends a run from now on, and not only the wait for it: its tokens are dropped.
+    """
+    if threading.current_thread() is threading.main_thread():
+        _native.watch_interrupts()
     options.register_custom_ops_library(library_path())
 
 

@@ -45,10 +45,61 @@ def outcome(make: Any, wire: dict[str, Any]) -> str:
 def both(wire: dict[str, Any], step: bool = False) -> str:
     """What spec and native library say of these attributes: the same."""
     kind = spec.StepAttributes if step else spec.SdpaAttributes
-    defaults = {a.name: a.default for a in kind.specs() if a.default is not None}
+    version = min(wire.get("spec_version", 1), 2)
+    defaults = {a.name: a.default for a in kind.specs(version) if a.default is not None}
     words = outcome(kind.from_wire, wire)
     assert outcome(getattr(_native, kind.__name__), defaults | wire) == words
     return words
+
+
+WINDOW_SINKS = {"slot": 0, "spec_version": 2, "window": 8}
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"window_sinks": 4}, "taken"),
+        ({"window_sinks": 5}, "window_sinks: expected at most sink_length, 4, and a window, got 5 and window 8"),
+        ({"window_sinks": 1, "window": 0}, "and a window, got 1 and window 0"),
+        ({"evict": 1}, "taken"),
+        ({"evict": 2}, "evict: expected one of 0, 1, got 2"),
+        ({"evict": 1, "window": 0}, "evict: expected 0 without a window over a slot that grows, got 1"),
+        ({"evict": 1, "kind": "cross"}, "evict: expected 0 without a window over a slot that grows, got 1"),
+        ({"window_sinks": -1}, "window_sinks: expected an integer from 0 to 65536, got -1"),
+        ({"window_sinks": 1 << 17}, "window_sinks: expected an integer from 0 to 65536, got 131072"),
+        *(
+            ({"k_scheme": scheme}, f"got '{scheme}'; {scheme} is specified but not built")
+            for scheme in spec.K_SCHEMES[1:]
+        ),
+        ({"k_scheme": "fast"}, "k_scheme: expected one of affine, got 'fast'"),
+        ({"v_scheme": "symmetric+rotated"}, "symmetric+rotated is specified but not built yet"),
+        ({"v_scheme": spec.K_SCHEMES[1]}, "v_scheme: expected one of affine, got 'digits:2'"),
+        ({"dense_element": "float16"}, "float16 is specified but not built yet"),
+        ({"dense_element": "float64"}, "dense_element: expected one of float32, got 'float64'"),
+        ({"kind": "latent"}, "kind: expected one of self, cross, got 'latent'; latent is specified but not built yet"),
+        ({"spec_version": 3}, "SpecMismatchError: spec_version: expected 1 or 2, got 3"),
+        ({"spec_version": 0}, "SpecMismatchError: spec_version: expected 1 or 2, got 0"),
+    ],
+)
+def test_what_version_2_brought_is_served_or_refused_by_name(changes: dict[str, Any], words: str) -> None:
+    assert words in both(WINDOW_SINKS | changes)
+
+
+@pytest.mark.parametrize("name", ["evict", "window_sinks", "k_scheme", "v_scheme", "dense_element", "colour"])
+def test_a_node_of_version_1_has_none_of_it(name: str) -> None:
+    assert f"attribute {name}: expected one of slot, kind" in both({"slot": 0, name: 0})
+
+
+def test_a_step_says_why_its_rows_are_of_one_length_from_version_2_on() -> None:
+    assert both(STEP | {"spec_version": 2, "one_length": "positions"}, step=True) == "taken"
+    assert "attribute one_length: expected one of model_id, layers" in both(STEP | {"one_length": "x"}, step=True)
+
+
+@pytest.mark.parametrize("value", ["affine", 1, 1.0])
+def test_a_loaded_node_of_version_1_has_none_of_it_either(value: object) -> None:
+    with pytest.raises(Exception, match=r"attribute k_scheme: .*, got an unknown one") as caught:
+        load(model([sdpa(0)], "old", sdpa_wire={"k_scheme": value}))
+    assert isinstance(native.error_from(caught.value), ConfigError)
 
 
 @pytest.mark.parametrize("name", LIMITS)
@@ -118,15 +169,17 @@ OTHERS: dict[str, list[Any]] = {
 }
 
 
+@pytest.mark.parametrize("version", [1, 2])
 @pytest.mark.parametrize("attributes", [spec.StepAttributes, spec.SdpaAttributes])
 def test_an_attribute_of_another_type_is_refused_when_the_model_loads(
-    attributes: type[spec.StepAttributes | spec.SdpaAttributes],
+    attributes: type[spec.StepAttributes | spec.SdpaAttributes], version: int
 ) -> None:
     """Never taken for an absent one: its default would run in silence."""
     tried = 0
-    for a in attributes.specs():
+    for a in attributes.specs(version):
         for value in OTHERS[a.wire]:
-            changes = {"step_wire" if attributes is spec.StepAttributes else "sdpa_wire": {a.name: value}}
+            wire = {"spec_version": version, a.name: value}
+            changes: dict[str, Any] = {"step_wire" if attributes is spec.StepAttributes else "sdpa_wire": wire}
             with pytest.raises(Exception, match=f"attribute {a.name}: expected {a.wire}, got another type") as caught:
                 load(model([sdpa(0)], "typed", **changes))
             assert isinstance(native.error_from(caught.value), ConfigError)
@@ -134,10 +187,10 @@ def test_an_attribute_of_another_type_is_refused_when_the_model_loads(
     assert tried > 15
 
 
-@pytest.mark.parametrize("name", [a.name for a in spec.SdpaAttributes.specs()])
+@pytest.mark.parametrize("name", [a.name for a in spec.SdpaAttributes.specs(2)])
 @pytest.mark.parametrize("value", [1.0, True, None, [], b"\xff", " 1", "1_0"])
 def test_the_spec_refuses_other_types_than_a_node_may_have(name: str, value: object) -> None:
-    wire: dict[str, Any] = {"slot": 0, name: value}
+    wire: dict[str, Any] = {"slot": 0, "spec_version": 2, name: value}
     with pytest.raises(KiviError, match="expected"):
         spec.SdpaAttributes.from_wire(wire)
 

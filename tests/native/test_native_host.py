@@ -195,7 +195,11 @@ def test_errors_are_onnxruntimes_own_with_our_message_and_leave_the_cache_as_it_
         (served, feeds(key, key, cache_handle=handle, past_length=10), "past_length: expected -1 or 0 to 9"),
         (served, feeds(key, key, cache_handle=closed), "expected an open handle"),
         (served, feeds(key, key, cache_handle=2**62), "expected an open handle"),
-        (served, good | {"past_length": np.zeros(2, np.int64)}, "one per row is not supported yet"),
+        (
+            served,
+            good | {"past_length": np.zeros(2, np.int64)},
+            "past_length: expected 1 number or 1, one for each row, got 2",
+        ),
         (other, good, "expected model errors .* got another"),
     ]
     for which, inputs, message in cases:

@@ -14,7 +14,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from onnx_kivi import spec
+from onnx_kivi import spec, spec_types
 from onnx_kivi.errors import CacheError
 from onnx_kivi.runtime.backend import Backend
 from onnx_kivi.runtime.select import get_backend
@@ -27,9 +27,10 @@ _native = pytest.importorskip("onnx_kivi._native", reason="nothing is compiled h
 ATTENTION_TOLERANCE = 5e-3
 
 
-def test_the_native_tables_are_those_of_the_spec() -> None:
+@pytest.mark.parametrize("version", spec_types.VERSIONS)
+def test_the_native_tables_are_those_of_the_spec(version: int) -> None:
     def rows(attributes: type[spec.StepAttributes | spec.SdpaAttributes]) -> list[tuple[str, str, object]]:
-        return [(a.name, a.wire, a.default) for a in attributes.specs()]
+        return [(a.name, a.wire, a.default) for a in attributes.specs(version)]
 
     def native_rows(specs: list[tuple[str, str, object]]) -> list[tuple[str, str, object]]:
         wired = [
@@ -38,8 +39,8 @@ def test_the_native_tables_are_those_of_the_spec() -> None:
         assert {wire for _, wire, _ in wired} == {"int", "string"}
         return wired
 
-    assert native_rows(_native.step_attribute_specs()) == rows(spec.StepAttributes)
-    assert native_rows(_native.sdpa_attribute_specs()) == rows(spec.SdpaAttributes)
+    assert native_rows(_native.step_attribute_specs(version)) == rows(spec.StepAttributes)
+    assert native_rows(_native.sdpa_attribute_specs(version)) == rows(spec.SdpaAttributes)
     floats = [t for t in spec.QUANTIZED_KV_SDPA.inputs if t.element == "float"]
     assert _native.tensor_specs() == [(t.name, t.shape, t.optional, t.broadcast) for t in floats]
 

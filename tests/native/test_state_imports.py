@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from onnx_kivi.errors import CacheError
-from onnx_kivi.runtime.backend import BlockState, CacheState, QuantizedBlock, RowState
+from onnx_kivi.runtime.backend import BlockState, CacheState, DenseState, QuantizedBlock, RowState
 from onnx_kivi.runtime.select import get_backend
 from stepping import assert_same, assert_sealed, filled, sdpa
 
@@ -65,9 +65,15 @@ def sized(row: RowState, heads: int, k_size: int, v_size: int) -> RowState:
     def value(tokens: int) -> np.ndarray:
         return np.zeros((heads, tokens, v_size), np.float32)
 
-    sinks, residual = row.sinks.key.shape[1], row.residual.key.shape[1]
+    sinks, residual = row.sinks.tokens, row.residual.tokens
     blocks = tuple(BlockState(key(4), value(4)) for _ in row.blocks)
-    return RowState(key(sinks), value(sinks), blocks, key(residual), value(residual))
+    return RowState(DenseState(key(sinks), value(sinks)), 0, blocks, DenseState(key(residual), value(residual)))
+
+
+def changed(row: RowState, name: str, array: object) -> RowState:
+    """The row with one of its dense arrays, named like `sinks.key`, replaced."""
+    end, side = name.split(".")
+    return replace(row, **{end: replace(getattr(row, end), **{side: array})})
 
 
 @pytest.mark.parametrize("sizes", [(0, 6, 6), (2, 0, 6), (2, 6, 0), (2, 6, (1 << 16) + 1)])
@@ -98,24 +104,36 @@ def lies(state: CacheState) -> list[CacheState]:
         key = replace(block.key, **changes)  # type: ignore[type-var]
         return with_rows(state, replace(row, blocks=(replace(block, key=key), *row.blocks[1:])), first.rows[1])
 
+    def with_first(name: str, array: object) -> CacheState:
+        return with_rows(state, changed(row, name, array), first.rows[1])
+
     return [
-        replace(state, length=-1),
-        replace(state, length=13),
-        replace(state, length=2**62),
+        replace(state, lengths=(-1, 14)),
+        replace(state, lengths=(14, 13)),
+        replace(state, lengths=(2**62, 2**62)),
+        replace(state, lengths=(14,)),
+        replace(state, lengths=()),
+        replace(state, lengths=(14, 14, 14)),
         replace(state, step=None),
         replace(state, slots=()),
         replace(state, slots=(second, first)),
         replace(state, slots=(first, first)),
         replace(state, slots=(replace(first, rows=()), second)),
+        replace(state, slots=(replace(first, rows=()), replace(second, rows=()))),
         with_rows(state, row),
         with_rows(state, replace(row, blocks=row.blocks[1:]), first.rows[1]),
         with_rows(state, replace(row, blocks=(*row.blocks, block)), first.rows[1]),
-        with_rows(state, replace(row, sink_key=row.sinks.key[:, :0], sink_value=row.sinks.value[:, :0]), row),
-        with_rows(state, replace(row, sink_key=row.sinks.key[0]), row),
-        with_rows(state, replace(row, sink_value=row.sinks.value.astype(np.float64)), row),
-        with_rows(state, replace(row, residual_key=row.residual.key.astype(np.int32)), row),
-        with_rows(state, replace(row, residual_value=[[[1.0]]]), row),  # type: ignore[arg-type]
-        with_rows(state, replace(row, residual_value=row.residual.value[:, :1]), row),
+        with_rows(state, replace(row, blocks=row.blocks[1:], freed=4), first.rows[1]),
+        with_rows(state, replace(row, freed=4), first.rows[1]),
+        with_rows(state, replace(row, freed=-4), first.rows[1]),
+        with_rows(state, replace(row, freed=2**63 - 1), first.rows[1]),
+        with_rows(state, replace(row, freed=-(2**63)), first.rows[1]),
+        with_rows(state, replace(row, sinks=DenseState(row.sinks.key[:, :0], row.sinks.value[:, :0])), row),
+        with_first("sinks.key", row.sinks.key[0]),
+        with_first("sinks.value", row.sinks.value.astype(np.float64)),
+        with_first("residual.key", row.residual.key.astype(np.int32)),
+        with_first("residual.value", [[[1.0]]]),
+        with_first("residual.value", row.residual.value[:, :1]),
         with_key(codes=block.key.codes[:, :, :1]),
         with_key(codes=block.key.codes.astype(np.int8)),
         with_key(lo=inf),
@@ -128,9 +146,12 @@ def lies(state: CacheState) -> list[CacheState]:
     ]
 
 
-@pytest.mark.parametrize("number", range(26))
+LIES = 35
+
+
+@pytest.mark.parametrize("number", range(LIES))
 def test_a_state_that_contradicts_itself_is_refused_in_the_same_words(state: CacheState, number: int) -> None:
-    assert len(lies(state)) == 26
+    assert len(lies(state)) == LIES
     assert refusal(lies(state)[number]).startswith("cache state")
 
 
@@ -140,7 +161,8 @@ def test_arrays_of_any_strides_are_taken_for_what_they_show(state: CacheState) -
     backward = np.flip(np.flip(row.sinks.value, 0).copy(), 0)
     assert not spread.flags.c_contiguous
     assert not backward.flags.c_contiguous
-    given = with_rows(state, replace(row, residual_key=spread, sink_value=backward), state.slots[0].rows[1])
+    odd = changed(changed(row, "residual.key", spread), "sinks.value", backward)
+    given = with_rows(state, odd, state.slots[0].rows[1])
     held = outcome("native", given)
     assert isinstance(held, CacheState)
     assert_same(held, state)
@@ -158,14 +180,11 @@ def test_any_change_of_shape_leaves_both_stores_with_the_same_cache_or_the_same_
     state = backend.export_state(handle)
     backend.close(handle)
     row = state.slots[0].rows[0]
-    name = data.draw(st.sampled_from(["sink_key", "sink_value", "residual_key", "residual_value"]))
-    array = getattr(row, name)
+    name = data.draw(st.sampled_from(["sinks.key", "sinks.value", "residual.key", "residual.value"]))
     shape = data.draw(st.lists(st.integers(0, 7), min_size=3, max_size=3))
-    changed = np.zeros(shape, data.draw(st.sampled_from([np.float32, np.float64])))
-    both = data.draw(st.booleans())
-    change: dict[str, Any] = {name: changed}
-    lie = replace(row, **change)
-    rows = (lie, lie if both else state.slots[0].rows[1])
+    array = np.zeros(shape, data.draw(st.sampled_from([np.float32, np.float64])))
+    odd, other = changed(row, name, array), state.slots[0].rows[1]
+    rows = (odd, odd) if data.draw(st.booleans()) else (odd, other)
     first, second = (outcome(store, with_rows(state, *rows)) for store in STORES)
     if isinstance(first, str) or isinstance(second, str):
         assert first == second, array.shape

@@ -11,7 +11,7 @@ import pytest
 from onnx_kivi.errors import CacheError
 from onnx_kivi.runtime.backend import Backend
 from onnx_kivi.runtime.select import get_backend
-from onnx_kivi.spec import MAX_SIZE
+from onnx_kivi.spec_types import MAX_SIZE
 from stepping import NOTHING, assert_same, assert_sealed, filled, model, run, sdpa, tokens
 
 pytest.importorskip("onnx_kivi._native", reason="nothing is compiled here", exc_type=ImportError)
@@ -54,6 +54,37 @@ def test_a_cross_slot_has_as_many_rows_as_the_others(rng: np.random.Generator) -
         backend.attend(ticket, sdpa(1, kind="cross"), three, three, three, NOTHING, NOTHING)
 
     assert refusal(use) == "cache _: expected as many rows in each slot, got [2, 3]"
+
+
+def test_rows_of_caches_with_other_heads_or_sizes_are_not_one_batch(rng: np.random.Generator) -> None:
+    def use(backend: Backend, other: np.ndarray) -> None:
+        handles, key = [backend.new_cache(), backend.new_cache()], tokens(rng, 9)
+        for handle, given in zip(handles, (key, other), strict=True):
+            run(backend, handle, [sdpa(0)], given, given)
+        before = [backend.export_state(handle) for handle in handles]
+        _, ticket = backend.open_rows(handles, [-1], [-1], model(1))
+        two = tokens(rng, 3, batch=2)
+        try:
+            backend.attend(ticket, sdpa(0), two, two, two, NOTHING, NOTHING)
+        finally:
+            for handle, state in zip(handles, before, strict=True):
+                assert_same(backend.export_state(handle), state)
+
+    words = "slot 0 of cache _: expected heads and head sizes 2, 6 and 6, as the rows before, got {}, {} and {}"
+    assert refusal(lambda backend: use(backend, tokens(rng, 9, size=9))) == words.format(2, 9, 9)
+    assert refusal(lambda backend: use(backend, tokens(rng, 9, heads=3))) == words.format(3, 6, 6)
+
+
+def test_a_slot_that_was_emptied_and_not_filled_again_does_not_commit(rng: np.random.Generator) -> None:
+    key = tokens(rng, 9)
+
+    def use(backend: Backend) -> None:
+        handle = filled(backend, rng, 9, [sdpa(0), sdpa(1)])
+        _, ticket = backend.open_step(handle, 0, model(2))
+        backend.attend(ticket, sdpa(0), key, key, key, NOTHING, NOTHING)
+        backend.attend(ticket, sdpa(1), key, key[:, :, :0], key[:, :, :0], NOTHING, NOTHING)
+
+    assert refusal(use) == "slot 1 of cache _: expected 9 tokens at the end of the step, got 0"
 
 
 def test_rows_are_moved_and_saved_after_batches_were_refused(backend: Backend, rng: np.random.Generator) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -277,17 +278,18 @@ def slid(backend: Backend, rng: Random, count: int, node: SdpaAttributes) -> tup
 def test_a_window_frees_what_no_query_can_see_and_nothing_else(backend: Backend, rng: Random, bits: int) -> None:
     node = sdpa(0, window=10, evict=1, spec_version=2, k_bits=bits, v_bits=bits, residual_length=2)
     handle, key = slid(backend, rng, 100, node)
+    whole, _ = slid(backend, rng, 100, replace(node, evict=0))
     state = backend.export_state(handle)
     row = state.slots[0].rows[0]
     assert (backend.length(handle), row.sinks.tokens) == (100, 1)
     assert row.freed == (100 - 10) // 4 * 4
-    assert backend.nbytes(handle) < backend.dense_nbytes(handle) / 4
+    assert backend.nbytes(handle) < backend.nbytes(whole) / 4
     new = tokens(rng, 3)
     _, ticket = backend.open_step(handle, -1, ALONE)
     output = backend.attend(ticket, node, new, new, new, NOTHING, NOTHING)
     if bits == 32:
-        whole = np.concatenate((key, new), 2).astype(np.float64)[0]
-        np.testing.assert_allclose(output[0], windowed(new[0], whole, 100, 10), atol=1e-5)
+        given = np.concatenate((key, new), 2).astype(np.float64)[0]
+        np.testing.assert_allclose(output[0], windowed(new[0], given, 100, 10), atol=1e-5)
     backend.crop(handle, 0)
     assert backend.lengths(handle) == ()
 

@@ -61,6 +61,7 @@ class Step:
             slot = next((s for s in cache.state.slots if s.attributes.slot == attributes.slot), None)
             if slot is not None:
                 self._check_options(cache, slot.attributes, attributes)
+                self._check_sizes(cache, rows, slot)
             rows += slot.rows if slot is not None and slot.rows else [None] * max(len(cache.state.lengths), 1)
         return tuple(rows) if any(row is not None for row in rows) else ()
 
@@ -102,9 +103,10 @@ class Step:
         slots = {s.attributes.slot: s for s in cache.state.slots} | pending
         for index, slot in slots.items():
             if slot.attributes.kind == SELF:
-                for row, length in zip(slot.rows, lengths[own], strict=True):
-                    if (held := row_length(row, slot.attributes.block_tokens)) != length:
-                        self._refuse_slot(index, f"expected {length} tokens at the end of the step, got {held}")
+                held = tuple(row_length(row, slot.attributes.block_tokens) for row in slot.rows)
+                for tokens, length in zip(held or (0,) * len(lengths[own]), lengths[own], strict=True):
+                    if tokens != length:
+                        self._refuse_slot(index, f"expected {length} tokens at the end of the step, got {tokens}")
         kept = tuple(self._freed(slots[i]) for i in sorted(slots))
         return replace(cache.state, lengths=lengths[own], slots=kept)
 
@@ -124,5 +126,18 @@ class Step:
                     f"got {got}; use a new cache"
                 )
 
+    def _check_sizes(self, cache: NumpyCache, before: list[RowState | None], slot: SlotState) -> None:
+        first = next((_sizes(row) for row in before if row is not None), None)
+        got = next((_sizes(row) for row in slot.rows), first)
+        if first not in (None, got):
+            raise CacheError(
+                f"slot {slot.attributes.slot} of cache {cache.handle}: expected heads and head sizes {first}, as the "
+                f"rows before, got {got}"
+            )
+
     def _refuse_slot(self, slot: int, what: str) -> NoReturn:
         raise CacheError(f"slot {slot} of cache {self.caches[0].handle}: {what}")
+
+
+def _sizes(row: RowState) -> str:
+    return "{}, {} and {}".format(row.kv_heads, *row.head_sizes)

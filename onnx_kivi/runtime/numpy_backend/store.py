@@ -171,7 +171,7 @@ class NumpyBackend:
 
     def gather(self, rows: Sequence[tuple[int, int]]) -> int:
         """Handle of a new cache made of rows of others."""
-        with self._open(*{handle for handle, _ in rows}) as caches:
+        with self._open(*dict.fromkeys(handle for handle, _ in rows)) as caches:
             return self._add(gathered({cache.handle: cache for cache in caches}, rows))
 
     def reorder(self, handle: int, index: Sequence[int]) -> None:

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
-from ...graph import Dim, TooComplexError, symbol
+from ...graph import TooComplexError, symbol
 from ..decoder_graph import PAST_LENGTH, DecoderGraph
 from ..layouts import SCORES, SIZE_1, joined, letters
 from ..match import LARGEST_FLOAT32, Added, Filled, MaskTerm, Match
@@ -158,14 +158,11 @@ def _unpadded(prologue: Prologue, tensor: str, new_tokens: tuple[str, int]) -> s
 def _new_tokens(decoder: DecoderGraph, match: Match) -> tuple[str, int] | None:
     """An axis of a graph input, not a cache, that is as long as the new tokens."""
     terms = [(term.tensor, term.layout) for term in match.mask]
-    caches = {cache.input for cache in decoder.caches.values()}
     for tensor, layout in ((match.query.tensor, match.query.layout), *terms):
-        shape, axes = decoder.shapes.shape(tensor), letters(layout)
-        size = None if shape is None or "S" not in axes else shape[axes.index("S")]
-        places = decoder.shapes.sources.get(size.name or "", ()) if isinstance(size, Dim) else ()
-        for place in places:
-            if place.is_size and place.tensor in decoder.graph.inputs and place.tensor not in caches:
-                return place.tensor, place.place
+        axes = letters(layout)
+        place = decoder.on_input(tensor, axes.index("S")) if "S" in axes else None
+        if place is not None:
+            return place
     return None
 
 

@@ -34,7 +34,7 @@ def read(path: str | Path) -> tuple[dict[str, Any], list[list[tuple[Array, Array
     def codes(bits: int, heads: int, rows: int, count: int) -> Array:
         packed = array("u1", heads, rows, -(-count * bits // 8))
         each = packed[..., None] >> np.arange(0, 8, bits) & 2**bits - 1  # lowest bits first
-        return each.reshape(heads, rows, -1)[..., :count].astype(np.float32)
+        return np.asarray(each.reshape(heads, rows, -1)[..., :count], np.float32)
 
     def block(letter: str, bits: int, heads: int, tokens: int, channels: int, group: int | None = None) -> Array:
         if letter == "d":
@@ -42,7 +42,7 @@ def read(path: str | Path) -> tuple[dict[str, Any], list[list[tuple[Array, Array
         if group is None:  # keys: a row of codes, a lo and a scale per channel
             c = codes(bits, heads, channels, tokens)
             lo, scale = (array("<f2", heads, channels).astype(np.float32)[..., None] for _ in range(2))
-            return (lo + scale * c).swapaxes(1, 2)
+            return np.swapaxes(lo + scale * c, 1, 2)
         c, of = codes(bits, heads, tokens, channels), np.arange(channels) // (group or channels)
         lo, scale = (array("<f2", heads, tokens, of[-1] + 1).astype(np.float32)[..., of] for _ in range(2))
         return lo + scale * c

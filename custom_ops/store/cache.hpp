@@ -1,7 +1,8 @@
 // One cache: the slots of one model, and the step that is open on it.
 //
 // A step appends in place and keeps what undoes it, exactly, until the last of the model's nodes has run. The
-// semantics (tickets, commit, poison, supersede) and the error texts are those of onnx_kivi/runtime/steps.py.
+// semantics (tickets, commit, poison, supersede) and the error texts are those of
+// onnx_kivi/runtime/numpy_backend/steps.py.
 // Every method locks the cache for as long as it runs.
 #pragma once
 

@@ -16,7 +16,8 @@ Edit = Callable[[ModelProto], object]
 
 
 def opening(model: ModelProto) -> NodeProto:
-    return next(n for n in model.graph.node if n.op_type == "KvCacheStep")
+    nodes: list[NodeProto] = [n for n in model.graph.node if n.op_type == "KvCacheStep"]
+    return nodes[0]
 
 
 def attending(model: ModelProto) -> list[NodeProto]:
@@ -24,7 +25,8 @@ def attending(model: ModelProto) -> list[NodeProto]:
 
 
 def attribute(node: NodeProto, name: str) -> AttributeProto:
-    return next(a for a in node.attribute if a.name == name)
+    found: list[AttributeProto] = [a for a in node.attribute if a.name == name]
+    return found[0]
 
 
 def given(name: str, value: object, node: Callable[[ModelProto], NodeProto] = lambda m: attending(m)[0]) -> Edit:

@@ -160,9 +160,12 @@ def test_ops_that_are_only_specified_are_refused_by_name_when_the_model_loads(op
         [helper.make_tensor_value_info(f"{role}{i}", elements[t.element], None) for i, t in enumerate(tensors)]
         for role, tensors in (("in", op.inputs), ("out", op.outputs))
     )
-    names = [[value.name for value in values] for values in (inputs, outputs)]
+    read, written = ([value.name for value in values] for values in (inputs, outputs))
     graph = helper.make_graph(
-        [helper.make_node(op.name, *names, domain=spec.DOMAIN, model_id="ghost", spec_version=2)], "g", inputs, outputs
+        [helper.make_node(op.name, read, written, domain=spec.DOMAIN, model_id="ghost", spec_version=2)],
+        "g",
+        inputs,
+        outputs,
     )
     opsets = [helper.make_opsetid("", 18), helper.make_opsetid(spec.DOMAIN, spec.OPSET_VERSION)]
     with pytest.raises(Exception, match="onnx_kivi") as caught:

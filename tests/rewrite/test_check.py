@@ -26,7 +26,8 @@ def rewritten() -> onnx.ModelProto:
 
 
 def node(model: onnx.ModelProto, name: str) -> onnx.NodeProto:
-    return next(n for n in model.graph.node if name in n.name)
+    found: list[onnx.NodeProto] = [n for n in model.graph.node if name in n.name]
+    return found[0]
 
 
 def set_int(model: onnx.ModelProto, name: str, attribute: str, value: int) -> None:

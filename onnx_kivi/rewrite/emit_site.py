@@ -46,6 +46,7 @@ class SiteEmitter:
     def _attributes(self, site: Site, slot: int) -> SdpaAttributes:
         config = self._config
         k_bits, v_bits = config.bits(site.layer)
+        window, window_sinks = config.windowed(site.window, site.kind)
         return SdpaAttributes.least(
             slot=slot,
             kind=site.kind,
@@ -58,9 +59,10 @@ class SiteEmitter:
             scale=site.scale,
             softcap=site.softcap,
             is_causal=int(site.is_causal),
-            window=site.window,
+            window=window,
             nan_to_zero=int(site.nan_to_zero),
-            evict=int(site.window > 0 and site.kind == SELF),
+            evict=int(window > 0 and site.kind == SELF),
+            window_sinks=window_sinks,
         )
 
     def _operands(self, site: Site) -> list[str]:

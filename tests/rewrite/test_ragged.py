@@ -22,6 +22,11 @@ ONE_LENGTH = {
     **dict.fromkeys(("optimum/gemma", "optimum/gemma2", "optimum/gemma3", "optimum/gpt_oss"), "more than a mask"),
     **dict.fromkeys(("optimum/falcon_alibi", "optimum/gpt_neo"), "a mask that is not understood"),
     **{
+        f"{style}/llama": "buffers hold equally many tokens"
+        for style in ("dynamo-18-static", "dynamo-18-static-eager", "dynamo-23-static", "legacy-17-static")
+    },
+    "legacy-17-static-sdpa/llama": "buffers hold equally many tokens",
+    **{
         f"{style}/decoder_with_past_model": "more than a mask"
         for style in ("optimum/bart", "optimum/whisper", "ortopt-optimum/whisper")
     },

@@ -50,7 +50,7 @@ REPEATED = {
     "product": 'scores = Einsum<equation="bhsd,bhtd->bhst">(query, k)',
     "values": 'out = Einsum<equation="bhst,bhtd->bhsd">(weights, v)',
 }
-TOKENS_FIRST = {
+TOKENS_FIRST: dict[str, Any] = {
     "inputs": {
         "query": "float[B,S,4,8] query",
         "key": "float[B,S,2,8] key",

@@ -91,7 +91,7 @@ EDITS: dict[str, tuple[Edit, str]] = {
     "three bits": (given("k_bits", 3), "k_bits: expected one of"),
     "another version": (given("spec_version", 3), "spec_version: expected 1 or 2, got 3"),
     "the version of another operator": (given("spec_version", 2), "expected spec_version 1, got 2"),
-    "a step of version 1": (given("spec_version", 1, opening), "expected spec_version 2, got 1"),
+    "a step of version 1": (given("spec_version", 1, opening), "attribute one_length: expected one of"),
     "another version of the step": (given("spec_version", 0, opening), "spec_version: expected 1 or 2, got 0"),
     "another kind": (given("kind", "other"), "kind: expected one of self, cross, got 'other'"),
     "an attribute of no version": (

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from .errors import ConfigError
-from .spec import CROSS, check_store_options
+from .spec import CROSS, SELF, check_store_options, check_window
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,7 +16,10 @@ class KiviConfig:
     k_bits, v_bits: 2, 4, 8, or 32 (f32, nothing quantized). block_tokens: tokens sealed at once. v_group_size:
     channels that share value parameters, 0 = all. residual_length: recent tokens kept in f32. sink_length: first
     tokens kept in f32. layer_bits: exceptions, layer -> (k_bits, v_bits). cross: also keep an encoder's keys and
-    values, which no step adds to; they have no recent tokens, and so no residual. Raises ConfigError.
+    values, which no step adds to; they have no recent tokens, and so no residual. window: a query sees only so many
+    tokens, itself the last of them, and what no query can see any more is freed; 0 = what the model sees.
+    window_sinks: first tokens that stay in sight all the same (StreamingLLM, arXiv 2309.17453; positions are not
+    shifted). Raises ConfigError.
     """
 
     k_bits: int = 8
@@ -27,6 +30,8 @@ class KiviConfig:
     sink_length: int = 4
     layer_bits: Mapping[int, tuple[int, int]] = field(default_factory=dict)
     cross: bool = False
+    window: int = 0
+    window_sinks: int = 0
 
     def __post_init__(self) -> None:
         pairs = isinstance(self.layer_bits, Mapping) and all(
@@ -41,6 +46,7 @@ class KiviConfig:
             check_store_options(
                 k_bits, v_bits, self.block_tokens, self.v_group_size, self.residual_length, self.sink_length
             )
+        check_window(self.window, self.window_sinks, self.sink_length)
 
     def bits(self, layer: int) -> tuple[int, int]:
         """(k_bits, v_bits) of one layer."""
@@ -49,6 +55,11 @@ class KiviConfig:
     def residual(self, kind: str) -> int:
         """Recent tokens that a slot of this kind keeps in f32."""
         return 0 if kind == CROSS else self.residual_length
+
+    def windowed(self, own: int, kind: str) -> tuple[int, int]:
+        """(window, window_sinks) of a slot of this kind, whose model has a window of its `own`, 0 = none."""
+        narrower = kind == SELF and self.window and not 0 < own <= self.window
+        return (self.window, self.window_sinks) if narrower else (own, 0)
 
 
 def parse_layer_bits(text: str) -> dict[int, tuple[int, int]]:

@@ -38,6 +38,7 @@ TYPES = {1: "float", 2: "int", 3: "string", 4: "tensor", 5: "graph", 6: "floats"
 DEEPEST = 100
 
 Span = tuple[int, int]
+VERSION_OF = {op.name: op.version for op in OPS}
 Attributes = TypeVar("Attributes", StepAttributes, SdpaAttributes)
 
 
@@ -111,11 +112,14 @@ def _checked(nodes: list[_Node]) -> OwnNodes:
 
 def _parsed(kind: type[Attributes], node: _Node) -> Attributes:
     try:
-        return kind.from_wire(node.wire)
+        attributes = kind.from_wire(node.wire)
     except SpecMismatchError as error:
         raise SpecMismatchError(f"{node.op} {node.name!r}: {error}") from error
     except KiviError as error:
         raise UnsupportedModelError(f"{node.op} {node.name!r}: {error}") from error
+    if attributes.spec_version != VERSION_OF[node.op]:
+        raise node.refusal(f"spec_version {VERSION_OF[node.op]}", attributes.spec_version)
+    return attributes
 
 
 def _own(file: BinaryIO, size: int) -> Iterator[_Node]:

@@ -138,16 +138,10 @@ class SdpaAttributes(NodeAttributes):
         one_of("kind", self.kind, (SELF, CROSS), (LATENT,))
         one_of("is_causal", self.is_causal, (0, 1))
         one_of("nan_to_zero", self.nan_to_zero, (0, 1))
-        between("window", self.window, 0, MAX_WINDOW)
-        between("window_sinks", self.window_sinks, 0, MAX_SINK_LENGTH)
+        check_window(self.window, self.window_sinks, self.sink_length)
         one_of("evict", self.evict, (0, 1))
         if self.evict and not (self.window and self.kind == SELF):
             raise ConfigError(f"evict: expected 0 without a window over a slot that grows, got {self.evict}")
-        if self.window_sinks > self.sink_length or (self.window_sinks and not self.window):
-            raise ConfigError(
-                f"window_sinks: expected at most sink_length, {self.sink_length}, and a window, got "
-                f"{self.window_sinks} and window {self.window}"
-            )
         one_of("k_scheme", self.k_scheme, (AFFINE,), K_SCHEMES)
         one_of("v_scheme", self.v_scheme, (AFFINE,), V_SCHEMES)
         one_of("dense_element", self.dense_element, (FLOAT32,), (FLOAT16,))
@@ -160,6 +154,17 @@ class SdpaAttributes(NodeAttributes):
     def op(self) -> OpSpec:
         """The op of a node with these attributes."""
         return QUANTIZED_KV_SDPA if self.spec_version == 1 else QUANTIZED_KV_SDPA_V2
+
+
+def check_window(window: int, window_sinks: int, sink_length: int) -> None:
+    """Raise ConfigError unless the op can keep to this window, and show these first tokens beside it."""
+    between("window", window, 0, MAX_WINDOW)
+    between("window_sinks", window_sinks, 0, MAX_SINK_LENGTH)
+    if window_sinks > sink_length or (window_sinks and not window):
+        raise ConfigError(
+            f"window_sinks: expected at most sink_length, {sink_length}, and a window, got {window_sinks} and window "
+            f"{window}"
+        )
 
 
 def check_store_options(
@@ -307,6 +312,8 @@ CACHE_STAMP = OpSpec(
     built=False,
 )
 
+STEP_OPS = (KV_CACHE_STEP.name, KV_CACHE_STEP_V2.name)
+ATTENTION_OPS = (QUANTIZED_KV_SDPA.name, QUANTIZED_KV_SDPA_V2.name)
 OPS = (KV_CACHE_STEP, QUANTIZED_KV_SDPA, KV_CACHE_STEP_V2, QUANTIZED_KV_SDPA_V2, CACHE_OPEN, CACHE_STAMP)
 
 

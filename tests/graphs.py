@@ -120,7 +120,7 @@ def two_layers(axis: int) -> onnx.ModelProto:
 def feeds(rng: np.random.Generator, past: int, count: int, model: onnx.ModelProto) -> dict[str, Any]:
     """Random new tokens and a causal mask (float with -3e38, or bool) for whatever inputs the model has.
 
-    Inputs named seqlens_k, total_length, attention_mask, held and written say that nothing is padding.
+    Inputs named seqlens_k, total_length, attention_mask, held, written and write_places say that nothing is padding.
     """
     total = past + count
     sizes = {"B": BATCH, "S": count, "T": total, "P": past}
@@ -130,6 +130,7 @@ def feeds(rng: np.random.Generator, past: int, count: int, model: onnx.ModelProt
         "attention_mask": np.ones((BATCH, total), np.int64),
         "held": np.full(BATCH, total),
         "written": np.full(BATCH, past),
+        "write_places": np.arange(past, total),
     }
     out: dict[str, Any] = {}
     seen = np.arange(past + count) <= past + np.arange(count)[:, None]

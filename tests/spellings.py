@@ -7,6 +7,17 @@ from typing import Any
 from graphs import ONE_KV_HEAD
 
 SPELLINGS: dict[str, dict[str, Any]] = {
+    "past turned before it is joined, and back": {
+        "join_key": """beside = Transpose<perm=[0,2,1,3]>(past_0_key) old = Transpose<perm=[1,0,2,3]>(beside)
+            new = Transpose<perm=[2,0,1,3]>(key)
+            whole = Concat<axis=0>(old, new) present_0_key = Transpose<perm=[1,2,0,3]>(whole)"""
+    },
+    "past turned, and read as it was joined": {
+        "join_value": """old = Transpose<perm=[0,2,1,3]>(past_0_value) new = Transpose<perm=[0,2,1,3]>(value)
+            whole = Concat<axis=1>(old, new) present_0_value = Transpose<perm=[0,2,1,3]>(whole)
+            straight = Transpose<perm=[0,2,1,3]>(whole)""",
+        "repeat_value": "v5 = Unsqueeze(straight, i(2)) v6 = Expand(v5, i(1,1,2,1,1)) v = Reshape(v6, i(0,4,-1,8))",
+    },
     "as exporters write it": {},
     "scale on the query": {"product": "q = Mul(query, f(0.3)) scaled = MatMul(q, kt)", "scale": None},
     "scale split over query and key": {

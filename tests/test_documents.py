@@ -1,4 +1,4 @@
-"""What the documents point at is there: files, tests and commands."""
+"""What the documents and the sources point at is there: files, tests and commands."""
 
 from __future__ import annotations
 
@@ -14,8 +14,15 @@ FOLDERS = ("onnx_kivi", "custom_ops", "models", "tests", "examples")
 DOCUMENTS = [*ROOT.glob("*.md"), *(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.md"))]
 LINK = re.compile(r"\]\((?!https?:)([^)#]+)")
 TEST = re.compile(r"\b(tests/[\w/]+\.py)::(\w+)")
+FILE = re.compile(
+    r"(?<![\w/.])((?!\S*NAME)(?:onnx_kivi|custom_ops|tests|models|examples)/[\w/]+\.(?:py|md|hpp|cpp|h))\b"
+)
 SCRIPT = re.compile(r"\b(?:python|bash) ((?:tests|examples|models|\.ci)/[\w./]+)")
 COMMAND = re.compile(r"\bonnx-kivi ([a-z][a-z-]+)\b")
+
+SOURCES = [
+    path for folder in FOLDERS for ext in ("py", "hpp", "cpp", "h") for path in (ROOT / folder).rglob(f"*.{ext}")
+]
 
 every_document = pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.relative_to(ROOT).as_posix())
 
@@ -32,6 +39,13 @@ def test_named_tests_scripts_and_commands_exist(path: Path) -> None:
     absent = [f"{file}::{name}" for file, name in TEST.findall(text) if f"def {name}(" not in read(file)]
     absent += [script for script in SCRIPT.findall(text) if not (ROOT / script).is_file()]
     absent += sorted(set(COMMAND.findall(text)) - commands())
+    assert not absent
+
+
+def test_named_files_exist() -> None:
+    named = [(path, name) for path in [*DOCUMENTS, *SOURCES] for name in FILE.findall(path.read_text(encoding="utf-8"))]
+    assert len(named) > 20
+    absent = [f"{path.relative_to(ROOT)}: {name}" for path, name in named if not (ROOT / name).is_file()]
     assert not absent
 
 

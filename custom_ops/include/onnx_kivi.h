@@ -38,8 +38,8 @@ int64_t kivi_cache_sealed_tokens(int64_t handle);
 /* Bytes that the tokens take. */
 int64_t kivi_cache_nbytes(int64_t handle);
 
-/* From now on a SIGINT (Ctrl-C) ends the run that is under way on the calling thread: it fails and its tokens are dropped.
- * The program's own handler is called too. Returns 0, or -1 where there is none, which is no error. */
+/* From now on a SIGINT (Ctrl-C) ends the run that is under way on the calling thread: it fails and its tokens are
+ * dropped. The program's own handler is called too. Returns 0, or -1 where there is none, which is no error. */
 int kivi_watch_interrupts(void);
 
 /* Why the last call of this thread that failed did so: one line, valid until the next call that fails. */

@@ -5,7 +5,7 @@
 // nothing. The layout is the same on every ISA level, so levels may be mixed on one cache.
 //
 // Source: KIVI (Liu et al. 2024, arXiv 2402.02750): keys quantized per channel over a block of tokens, values per
-// token over groups of channels. Numbers are those of onnx_kivi/runtime/reference.py: codes bit for bit.
+// token over groups of channels. Numbers are those of onnx_kivi/runtime/numpy_backend/reference.py: codes bit for bit.
 //
 // This header is compiled into every per-ISA object: it holds declarations only, no inline code that a linker
 // could merge across ISA levels.

@@ -19,10 +19,11 @@ import torch
 from architectures import BASE, build
 from finish import finish, selected
 from tokenizers import Tokenizer, models
-from transformers import DynamicCache, PreTrainedTokenizerFast
+from transformers import DynamicCache, PreTrainedTokenizerFast, StaticCache
 
 HERE = Path(__file__).parent
 BATCH, TOKENS, PAST = 2, 3, 5
+BUFFER = 96
 # GroupQueryAttention takes head sizes that are multiples of 16.
 GENAI_CHANGES = {"head_dim": 16}
 TORCH_STYLES: dict[str, tuple[str, ...]] = {
@@ -37,6 +38,11 @@ TORCH_STYLES: dict[str, tuple[str, ...]] = {
     "legacy-14": ("llama",),
     "legacy-17": ("llama", "gpt2", "gemma2", "xglm"),
     "legacy-17-sdpa": ("llama",),
+    "dynamo-18-static": ("llama",),
+    "dynamo-18-static-eager": ("llama",),
+    "dynamo-23-static": ("llama",),
+    "legacy-17-static": ("llama",),
+    "legacy-17-static-sdpa": ("llama",),
 }
 GENAI_STYLES: dict[str, tuple[str, ...]] = {
     "genai-fp32": ("llama", "phi3", "qwen2", "qwen3", "granite"),
@@ -66,35 +72,82 @@ class Flat(torch.nn.Module):
         return out.logits, *(part for layer in cache.layers for part in (layer.keys, layer.values))
 
 
+class Buffered(torch.nn.Module):
+    """A causal LM whose cache goes in and out as buffers of BUFFER tokens, written from `cache_position` on.
+
+    The TorchScript exporter turns the sizes of transformers' own mask into constants, so it gets one made here.
+    """
+
+    def __init__(self, model: torch.nn.Module, own_mask: bool) -> None:
+        super().__init__()
+        self.model = model
+        self.own_mask = own_mask
+
+    def forward(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor, cache_position: torch.Tensor, *past: torch.Tensor
+    ) -> tuple[torch.Tensor, ...]:
+        """Logits, then keys and values as they stand in the buffers."""
+        cache = StaticCache(config=self.model.config, max_cache_len=BUFFER)
+        for layer, keys, values in zip(cache.layers, past[::2], past[1::2], strict=True):
+            layer.lazy_initialization(keys, values)
+            layer.keys, layer.values = keys.clone(), values.clone()
+            layer.cumulative_length = cache_position[0].clone()
+        out = self.model(
+            input_ids=input_ids,
+            attention_mask=self._mask(attention_mask, cache_position) if self.own_mask else attention_mask,
+            position_ids=cache_position.expand(input_ids.shape[0], -1),
+            past_key_values=cache,
+            use_cache=True,
+        )
+        return out.logits, *(part for layer in cache.layers for part in (layer.keys, layer.values))
+
+    def _mask(self, padding: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """(B, 1, S, BUFFER), the least float where a key is padding, or is not written yet."""
+        shown = torch.nn.functional.pad(padding, (0, BUFFER - padding.shape[1]))[:, None, None, :] > 0
+        seen = shown & (torch.arange(BUFFER)[None, :] <= positions[:, None])
+        return torch.where(seen, 0.0, torch.finfo(torch.float32).min)
+
+
 def export(style: str, name: str, folder: Path) -> None:
-    """Export one architecture with torch.onnx.export, as `style` says: exporter-opset[-attention or precision]."""
+    """Export one architecture with torch.onnx.export, as `style` says: exporter-opset[-options]."""
     exporter, opset, *rest = style.split("-")
     default = "eager" if exporter == "legacy" else "sdpa"
     attention = next((part for part in rest if part in {"eager", "sdpa"}), default)
     model = build(name, attention)
     dtype = torch.float16 if "fp16" in rest else torch.float32
     model = model.to(dtype)
+    past = _past(model, dtype)
+    static = "static" in rest
+    positions = torch.arange(PAST, PAST + TOKENS)
+    buffers = [torch.nn.functional.pad(part, (0, 0, 0, BUFFER - PAST)) for part in past]
     inputs = (
         torch.ones(BATCH, TOKENS, dtype=torch.int64),
         torch.ones(BATCH, PAST + TOKENS, dtype=torch.int64),
-        torch.arange(PAST, PAST + TOKENS).repeat(BATCH, 1),
-        *_past(model, dtype),
+        positions if static else positions.repeat(BATCH, 1),
+        *(buffers if static else past),
     )
-    layers = range((len(inputs) - 3) // 2)
-    past = [f"past_key_values.{layer}.{part}" for layer in layers for part in ("key", "value")]
-    present = [f"present.{layer}.{part}" for layer in layers for part in ("key", "value")]
-    names = ["input_ids", "attention_mask", "position_ids", *past]
-    axes = [{0: "batch", 1: "sequence"}, {0: "batch", 1: "total"}, {0: "batch", 1: "sequence"}]
-    axes += [{0: "batch", 2: "past"} for _ in past]
+    names, axes, outputs = _interface(len(past) // 2, static)
     folder.mkdir(parents=True, exist_ok=True)
-    options: dict[str, Any] = {"input_names": names, "output_names": ["logits", *present], "opset_version": int(opset)}
+    options: dict[str, Any] = {"input_names": names, "output_names": outputs, "opset_version": int(opset)}
     if exporter == "dynamo":
         dynamic = [dict.fromkeys(axis, torch.export.Dim.DYNAMIC) for axis in axes]
         options |= {"dynamo": True, "dynamic_shapes": (*dynamic[:3], tuple(dynamic[3:])), "external_data": False}
     else:
         options |= {"dynamo": False, "dynamic_axes": dict(zip(names, axes, strict=True))}
-    torch.onnx.export(Flat(model), inputs, str(folder / "model.onnx"), **options)
+    module = Buffered(model, own_mask=exporter == "legacy") if static else Flat(model)
+    torch.onnx.export(module, inputs, str(folder / "model.onnx"), **options)
     finish(folder)
+
+
+def _interface(layers: int, static: bool) -> tuple[list[str], list[dict[int, str]], list[str]]:
+    """Names of the inputs, their dynamic axes, and names of the outputs."""
+    sides = [f"{layer}.{part}" for layer in range(layers) for part in ("key", "value")]
+    places = "cache_position" if static else "position_ids"
+    names = ["input_ids", "attention_mask", places, *(f"past_key_values.{side}" for side in sides)]
+    tokens = {0: "batch", 1: "sequence"}
+    axes = [tokens, {0: "batch", 1: "total"}, {0: "sequence"} if static else tokens]
+    axes += [{0: "batch"} if static else {0: "batch", 2: "past"} for _ in sides]
+    return names, axes, ["logits", *(f"present.{side}" for side in sides)]
 
 
 def _past(model: torch.nn.Module, dtype: torch.dtype) -> list[torch.Tensor]:

@@ -69,6 +69,7 @@ def replay(
             "input_ids": ids[:, start:end],
             "attention_mask": mask[:, :end],
             "position_ids": np.clip(mask[:, :end].cumsum(1) - 1, 0, None)[:, start:],
+            "cache_position": np.arange(start, end),
             "use_cache_branch": np.array([True]),
             **fixed,
             **past,

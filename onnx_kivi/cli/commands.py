@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import os
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +73,12 @@ def rewrite_model(args: argparse.Namespace, progress: Progress) -> Outcome:
         raise ConfigError(f"-o: expected a folder that can be written to, got {output.parent}")
     progress("rewriting", 0.0)
     model, report = rewrite(source, config, partial=args.partial)
-    checked = None if args.no_verify else _verify_staged(source, report, model, output, progress)
+    checked = None
+    if not args.no_verify:
+        # A window changes what the model says, by choice; everything else is verified as if there were none.
+        unwindowed = replace(config, window=0, window_sinks=0)
+        whole = rewrite(source, unwindowed, partial=args.partial)[0] if config.window else model
+        checked = _verify_staged(source, report, whole, output, progress)
     weights = graph.save(model, output) if checked is None or checked.ok else ()
     removed_inputs = [name for site in report.sites for name in site.removed_inputs]
     removed_outputs = [name for site in report.sites for name in site.cache_outputs if name]
@@ -84,7 +90,7 @@ def rewrite_model(args: argparse.Namespace, progress: Progress) -> Outcome:
     }
     if checked is not None and not checked.ok:
         return Outcome(data, verification_view(checked), ok=False, failure=f"nothing written: {checked.reason}")
-    return Outcome(data, rewrite_view(report, [output, *weights], checked))
+    return Outcome(data, rewrite_view(report, [output, *weights], checked, window=_said_of_window(config)))
 
 
 def verify_model(args: argparse.Namespace, progress: Progress) -> Outcome:
@@ -217,7 +223,16 @@ def _config(args: argparse.Namespace) -> KiviConfig:
         sink_length=args.sinks,
         layer_bits=parse_layer_bits(args.layer_bits),
         cross=args.cross,
+        window=args.window,
+        window_sinks=args.window_sinks,
     )
+
+
+def _said_of_window(config: KiviConfig) -> str | None:
+    if not config.window:
+        return None
+    seen = f"the last {config.window:,} tokens" + f" and the first {config.window_sinks:,}" * bool(config.window_sinks)
+    return f"a query sees {seen}; what it no longer sees is lost (verified without the window)"
 
 
 def _verify_staged(source: Path, report: Report, model: graph.Model, output: Path, progress: Progress) -> Verification:

@@ -63,6 +63,8 @@ def _real(least: float, most: float) -> Callable[[str], float]:
     return read
 
 
+WINDOW_HELP = "lossy: a query sees the last N tokens only, and the rest is freed (default 0: all)"
+
 COUNT = _whole(0, 1 << 20)
 TOKENS = _whole(1, 1 << 20)
 WINDOW = _whole(2, 1 << 20)
@@ -261,4 +263,6 @@ def _quantization(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--v-group-size", type=int, default=64, metavar="N", help="channels; 0 = all (default 64)")
     parser.add_argument("--residual", type=int, default=128, metavar="N", help="recent tokens in f32 (default 128)")
     parser.add_argument("--sinks", type=int, default=4, metavar="N", help="first tokens in f32 (default 4)")
+    parser.add_argument("--window", type=COUNT, default=0, metavar="N", help=WINDOW_HELP)
+    parser.add_argument("--window-sinks", type=COUNT, default=0, metavar="N", help="first tokens seen beside a window")
     parser.add_argument("--layer-bits", default="", metavar="SPEC", help='exceptions, such as "0,29:8" or "0:8;1:8/4"')

@@ -55,8 +55,10 @@ def verification_view(checked: Verification) -> Table:
     )
 
 
-def rewrite_view(report: Report, files: Sequence[Path], checked: Verification | None) -> Table:
-    """Table of a rewrite into `files`, with its verification if there was one."""
+def rewrite_view(
+    report: Report, files: Sequence[Path], checked: Verification | None, window: str | None = None
+) -> Table:
+    """Table of a rewrite into `files`, with what its window loses and its verification, if there are any."""
     families = sorted({site.family for site in report.sites})
     table = facts(
         {
@@ -67,6 +69,7 @@ def rewrite_view(report: Report, files: Sequence[Path], checked: Verification | 
             "cache inputs and outputs removed": sum(
                 len(site.removed_inputs) + sum(map(bool, site.cache_outputs)) for site in report.sites
             ),
+            "window": window,
             "verified": None if checked else "no (--no-verify)",
         },
         title="rewrite",

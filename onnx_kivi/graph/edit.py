@@ -23,7 +23,7 @@ from .view import Graph, Model
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Changes:
-    """What is to become of a model. `new_inputs` become inputs with these default initializers.
+    """What is to become of a model. `new_inputs` become inputs, one number or more, with these default initializers.
 
     removed_nodes: indices. renamed_axes: input -> (axis, name), an axis whose size is no longer that of others of its
     old name. opset: domain and version of what `new` uses beside ai.onnx.
@@ -76,10 +76,10 @@ def apply(changes: Changes, graph: Graph, model: Model) -> None:
     register_schemas()
 
 
-def set_attribute(model: Model, op: str, name: str, value: int | str) -> None:
-    """Set an attribute of every node of an op of our own domain."""
+def set_attribute(model: Model, ops: Collection[str], name: str, value: int | str) -> None:
+    """Set an attribute of every node of these ops of our own domain."""
     for node in model.graph.node:
-        if node.op_type == op:
+        if node.op_type in ops:
             for attribute in node.attribute:
                 if attribute.name == name:
                     attribute.CopyFrom(helper.make_attribute(name, value))
@@ -99,10 +99,7 @@ def _set_inputs(changes: Changes, graph: Graph, model: Model) -> None:
     """Old inputs that stay, but for initializers that old IR versions list among them, and new ones behind them."""
     listed = {t.name for t in model.graph.initializer} - graph.inputs.keys()
     gone = {*changes.removed_inputs, *listed}
-    new = (
-        helper.make_tensor_value_info(name, onnx.TensorProto.INT64, list(value.shape))
-        for name, value in changes.new_inputs.items()
-    )
+    new = (helper.make_tensor_value_info(name, onnx.TensorProto.INT64, [f"{name}s"]) for name in changes.new_inputs)
     _replace(model.graph.input, [*(i for i in model.graph.input if i.name not in gone), *new])
     for info in model.graph.input:
         if info.name in changes.renamed_axes:

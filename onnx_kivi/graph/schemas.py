@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+
 import onnx
 from onnx import defs
 
@@ -15,6 +17,8 @@ def register_schemas() -> None:
     for op in OPS:
         if not defs.has(op.name, OPSET_VERSION, DOMAIN):
             defs.register_schema(_schema(op))
+            # onnx before 1.23 crashes or hangs if it still holds a Python function when the interpreter is gone.
+            atexit.register(defs.deregister_schema, op.name, OPSET_VERSION, DOMAIN)
 
 
 def _schema(op: OpSpec) -> defs.OpSchema:

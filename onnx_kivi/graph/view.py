@@ -72,19 +72,22 @@ class Graph:
         self._consumers: dict[str, list[Node]] = {}
         known = {*self.inputs, *self.initializers, *(t.values.name for t in graph.sparse_initializer), ""}
         for node in self.nodes:
-            _check(node, self.opset)
-            for name in (*node.inputs, *node.captured):
-                if name not in known:
-                    raise UnsupportedModelError(f"{node}: expected inputs made by an earlier node, got {name!r}")
-            for name in dict.fromkeys((*node.inputs, *sorted(node.captured))):
-                self._consumers.setdefault(name, []).append(node)
-            for name in filter(None, node.outputs):
-                if name in known:
-                    raise UnsupportedModelError(f"{node}: expected a new name for each output, got {name!r} again")
-                known.add(name)
-                self._producers[name] = node
+            self._add(node, known)
         if missing := [name for name in self.outputs if name not in known]:
             raise UnsupportedModelError(f"graph output {missing[0]!r}: expected a tensor of the graph, got none")
+
+    def _add(self, node: Node, known: set[str]) -> None:
+        """Index a node that reads `known` tensors, and add to them what it makes."""
+        _check(node, self.opset)
+        for name in dict.fromkeys((*node.inputs, *sorted(node.captured))):
+            if name not in known:
+                raise UnsupportedModelError(f"{node}: expected inputs made by an earlier node, got {name!r}")
+            self._consumers.setdefault(name, []).append(node)
+        for name in filter(None, node.outputs):
+            if name in known:
+                raise UnsupportedModelError(f"{node}: expected a new name for each output, got {name!r} again")
+            known.add(name)
+            self._producers[name] = node
 
     def producer(self, tensor: str) -> Node | None:
         """The node that makes a tensor; None for inputs and initializers."""

@@ -13,8 +13,8 @@ from typing import Protocol
 
 from ..graph import Node
 from .caches import CacheTensor, Port, Ports, find_caches
-from .decoder_graph import PAST_LENGTH, DecoderGraph, read_decoder
-from .families import decomposed, gqa, mha, ms_attention, onnx_attention, refused, tensor_scatter
+from .decoder_graph import PAST_LENGTH, ROW_PAST_LENGTH, DecoderGraph, read_decoder
+from .families import decomposed, gqa, mha, ms_attention, onnx_attention, refused, static_buffer, tensor_scatter
 from .match import Added, Filled, MaskTerm, Match, Miss, MissError, Operand
 
 
@@ -37,11 +37,21 @@ class Family(Protocol):
         """The match at `node`; see the module's docstring."""
 
 
-FAMILIES: tuple[Family, ...] = (decomposed, onnx_attention, gqa, mha, ms_attention, tensor_scatter, refused)
+FAMILIES: tuple[Family, ...] = (
+    decomposed,
+    onnx_attention,
+    gqa,
+    mha,
+    ms_attention,
+    tensor_scatter,
+    static_buffer,
+    refused,
+)
 
 __all__ = [
     "FAMILIES",
     "PAST_LENGTH",
+    "ROW_PAST_LENGTH",
     "Added",
     "CacheTensor",
     "DecoderGraph",

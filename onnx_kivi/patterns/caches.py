@@ -35,7 +35,7 @@ class Port:
 
     axis: of the cache input, whatever Transpose lies between. new: index of the input that is just the new tokens, if
     one is. fixed: whether the past is a buffer that has its full size from the start; or the name of the attribute
-    that says so.
+    that says so. returned: whether only what an output of the model returns is a cache, as the operator has other uses.
     """
 
     past: int
@@ -43,6 +43,7 @@ class Port:
     axis: int
     new: int | None = None
     fixed: bool | str = False
+    returned: bool = False
 
     def is_fixed(self, node: Node) -> bool:
         """Whether this node's past is a buffer of fixed size."""
@@ -170,14 +171,11 @@ def _by_port(graph: Graph, path: _Path, node: Node, ports: Ports) -> CacheTensor
     """The cache that a node joins by one of its operator's ports; those with the new tokens inside read it as it is."""
     for port in ports.get(node.op, ()):
         joined = node.outputs[port.present] if len(node.outputs) > port.present else ""
-        if node.input(port.past) != path.tensor or not joined:
-            continue
         new = "" if port.new is None else node.input(port.new)
-        if new or path.is_straight:
-            nodes = (*path.nodes, node.index) if new else path.nodes
-            return _cache(
-                graph, _Path(path.input, joined, path.order, nodes), new, port.axis, fixed=port.is_fixed(node)
-            )
+        if node.input(port.past) == path.tensor and joined and (new or path.is_straight):
+            end = _Path(path.input, joined, path.order, (*path.nodes, node.index) if new else path.nodes)
+            cache = _cache(graph, end, new, port.axis, fixed=port.is_fixed(node))
+            return cache if cache.output or not port.returned else None
     return None
 
 

@@ -6,11 +6,12 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
-from ..graph import FLOATS, Graph, Node, Shape, Shapes, infer_shapes, symbol
+from ..graph import FLOATS, Dim, Graph, Node, Shape, Shapes, infer_shapes, symbol
 from ..spec import SELF
 from .caches import CacheTensor
 
 PAST_LENGTH = "onnx_kivi.past_length"
+ROW_PAST_LENGTH = "onnx_kivi.row_past_length"
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,15 @@ class DecoderGraph:
         """Size of a tensor's last axis, if it is a known number."""
         size = (self.shapes.shape(tensor) or (None,))[-1]
         return size if isinstance(size, int) else None
+
+    def on_input(self, tensor: str, axis: int) -> tuple[str, int] | None:
+        """An axis of a graph input that is no cache, and as long as this one; None if none is known."""
+        shape = self.shapes.shape(tensor)
+        size = None if shape is None else shape[axis]
+        caches = {cache.input for cache in self.caches.values()}
+        places = self.shapes.sources.get(size.name or "", ()) if isinstance(size, Dim) else ()
+        shown = (p for p in places if p.is_size and p.tensor in self.graph.inputs and p.tensor not in caches)
+        return next(((place.tensor, place.place) for place in shown), None)
 
     def is_float_cast(self, node: Node) -> bool:
         """Whether a node is a Cast from one floating type to another."""

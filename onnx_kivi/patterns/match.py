@@ -53,7 +53,7 @@ class Match:
     caches: those of keys and of values, or the one that holds both. nodes: indices of those that vanish with it,
     beside the caches' own. prologue: what must be emitted in front of the op. capacity: tokens that the original's
     cache inputs must have room for before anything is in them; 0 = they grow. pads_right: the original wants padding
-    behind a row's tokens.
+    behind a row's tokens. one_length: why all rows must hold equally many tokens; "" if the family knows no reason.
     """
 
     query: Operand
@@ -76,6 +76,7 @@ class Match:
     prologue: tuple[NewPart, ...] = ()
     capacity: int = 0
     pads_right: bool = False
+    one_length: str = ""
 
     def __post_init__(self) -> None:
         """Raise MissError for numbers that float32 can't hold."""

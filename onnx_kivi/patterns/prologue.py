@@ -1,13 +1,15 @@
 """Nodes that a family puts in front of the op, written as calls.
 
 A tensor is named after what computes it, so the same computation in two layers is one node; spellings follow the
-model's opset (ONNX operator specification). PAST_LENGTH as an input stands for KvCacheStep's past length, shape (1).
+model's opset (ONNX operator specification). As inputs PAST_LENGTH stands for the most past tokens of any row, shape
+(1), and ROW_PAST_LENGTH for those of each, (R): one for each row, or one for all.
 """
 
 from __future__ import annotations
 
 from ..graph import Builder, Graph, HashedNames
-from .decoder_graph import PAST_LENGTH
+from ..spec import ALL_NEW, NEW_LENGTH_INPUT
+from .decoder_graph import PAST_LENGTH, ROW_PAST_LENGTH
 
 CONTRIB = "com.microsoft"
 
@@ -25,6 +27,20 @@ class Prologue(Builder):
     def total_tokens(self, tensor_BS: str) -> str:
         """Past tokens and the new ones, which lie on axis 1 of a tensor; shape (1)."""
         return self.node("Add", PAST_LENGTH, self.size(tensor_BS, 1))
+
+    def row_past(self) -> str:
+        """Past tokens of each row, (R, 1)."""
+        return self.node("Reshape", ROW_PAST_LENGTH, self.ints(-1, 1))
+
+    def takes_all(self) -> str:
+        """Whether all tokens that a row is given are new, (R, 1)."""
+        return self.node("Equal", self.node("Reshape", NEW_LENGTH_INPUT, self.ints(-1, 1)), self.ints(ALL_NEW))
+
+    def row_total(self, tensor_BS: str) -> str:
+        """Tokens of each row, its new ones included, of those given on axis 1 of a tensor; (R, 1)."""
+        given = self.node("Reshape", NEW_LENGTH_INPUT, self.ints(-1, 1))
+        new = self.node("Where", self.takes_all(), self.size(tensor_BS, 1), given)
+        return self.node("Add", self.row_past(), new)
 
     def counted(self, size: str) -> str:
         """0, 1, ... size - 1; `size` has one element."""

@@ -6,10 +6,10 @@ from collections.abc import Collection, Iterator
 
 from ..errors import UnsupportedModelError
 from ..graph import Graph, Model, Node
-from ..spec import DOMAIN, KV_CACHE_STEP, QUANTIZED_KV_SDPA
+from ..spec import ATTENTION_OPS, DOMAIN, STEP_OPS
 
-STEP, SDPA = (f"{DOMAIN}.{op.name}" for op in (KV_CACHE_STEP, QUANTIZED_KV_SDPA))
-TICKET = 1
+STEP, SDPA = ([f"{DOMAIN}.{name}" for name in names] for names in (STEP_OPS, ATTENTION_OPS))
+TICKET = -1
 REPORT = "this is an error of onnx_kivi, not of the model; nothing was written; report it with the model"
 
 
@@ -43,15 +43,15 @@ def _steps(graph: Graph) -> Iterator[str]:
     """One node opens the step, counts the others, and gives each its ticket."""
     steps, readers = _nodes(graph, STEP), _nodes(graph, SDPA)
     if len(steps) != 1:
-        yield f"{', '.join(map(str, steps)) or 'no node'}: expected one {STEP}"
+        yield f"{', '.join(map(str, steps)) or 'no node'}: expected one {STEP[-1]}"
         return
     (step,) = steps
     if step.attr("layers") != len(readers):
-        yield f"{step}: expected layers={len(readers)}, the number of {SDPA} nodes, got {step.attr('layers')}"
+        yield f"{step}: expected layers={len(readers)}, the number of {SDPA[0]} nodes, got {step.attr('layers')}"
     for node in readers:
         if node.inputs[-1] != step.outputs[TICKET]:
             yield f"{node}: expected the ticket {step.outputs[TICKET]!r}, got {node.inputs[-1]!r}"
 
 
-def _nodes(graph: Graph, op: str) -> list[Node]:
-    return [node for node in graph.nodes if node.op == op]
+def _nodes(graph: Graph, ops: Collection[str]) -> list[Node]:
+    return [node for node in graph.nodes if node.op in ops]

@@ -14,62 +14,58 @@ import numpy as np
 from ..config import KiviConfig
 from ..errors import UnsupportedModelError
 from ..graph import Builder, Changes, FreeNames, Graph, Model, apply, fingerprint, set_attribute
-from ..patterns import PAST_LENGTH, DecoderGraph
+from ..patterns import PAST_LENGTH, ROW_PAST_LENGTH, DecoderGraph
 from ..spec import (
-    COMMITTED_LENGTH,
+    CONTROL_INPUTS,
     CROSS,
-    DEFAULT_HANDLE,
     DOMAIN,
-    HANDLE_INPUT,
-    KV_CACHE_STEP,
+    KV_CACHE_STEP_V2,
     MIN_IR_VERSION,
     OPSET_VERSION,
-    PAST_LENGTH_INPUT,
+    STEP_OPS,
     STORED_TOKENS,
     StepAttributes,
 )
 from .emit_shapes import emit_shapes
 from .emit_site import SiteEmitter
 from .plan import Plan
+from .report import Report
 from .site import Site
 
 PENDING_ID = "pending"
 
 
-def emit(model: Model, decoder: DecoderGraph, plan: Plan, sites: Sequence[Site], config: KiviConfig) -> frozenset[str]:
+def emit(model: Model, decoder: DecoderGraph, plan: Plan, report: Report, config: KiviConfig) -> frozenset[str]:
     """Change `model`, of which `decoder` was read; gives the names of the tensors that it no longer has."""
     graph = decoder.graph
     _check_names(graph)
-    live = [site for site in sites if site.output.tensor not in plan.idle]
+    live = [site for site in report.sites if site.output.tensor not in plan.idle]
     if not live:
         raise UnsupportedModelError("no output of the model depends on attention over a cache; there is nothing to do")
-    builder = _build(decoder, plan, live, config)
-    changes = _changes(builder, plan, sites, live)
+    builder = _build(decoder, plan, live, report.one_length, config)
+    changes = _changes(builder, plan, report.sites, live)
     apply(changes, graph, model)
-    set_attribute(model, KV_CACHE_STEP.name, "model_id", fingerprint(model))
+    set_attribute(model, STEP_OPS, "model_id", fingerprint(model))
     return changes.gone(graph)
 
 
 def _check_names(graph: Graph) -> None:
-    clash = {HANDLE_INPUT, PAST_LENGTH_INPUT} & graph.tensor_names
+    clash = CONTROL_INPUTS.keys() & graph.tensor_names
     if clash:
         raise UnsupportedModelError(f"tensor {min(clash)!r}: expected no tensor of this name; rename it")
 
 
-def _build(decoder: DecoderGraph, plan: Plan, live: Sequence[Site], config: KiviConfig) -> Builder:
+def _build(decoder: DecoderGraph, plan: Plan, live: Sequence[Site], one_length: str, config: KiviConfig) -> Builder:
     """All new nodes and constants, in order."""
     names = FreeNames(decoder.graph.tensor_names)
     builder = Builder(decoder.graph.opset, names)
-    attributes: dict[str, Any] = dict(StepAttributes(model_id=PENDING_ID, layers=len(live)).to_wire())
-    past_length, step = builder.nodes(
-        KV_CACHE_STEP.name,
-        HANDLE_INPUT,
-        PAST_LENGTH_INPUT,
-        outputs=(names.tensor("past_length"), names.tensor("step")),
-        domain=DOMAIN,
-        **attributes,
-    )
-    builder.take([part for site in live for part in site.prologue], {PAST_LENGTH: past_length})
+    attributes = StepAttributes(model_id=PENDING_ID, layers=len(live), one_length=one_length, spec_version=2)
+    wire: dict[str, Any] = dict(attributes.to_wire())
+    outputs = tuple(names.tensor(output.name) for output in KV_CACHE_STEP_V2.outputs)
+    builder.nodes(KV_CACHE_STEP_V2.name, *CONTROL_INPUTS, outputs=outputs, domain=DOMAIN, **wire)
+    past_length, row_past_length, step = outputs
+    parts = [part for site in live for part in site.prologue]
+    builder.take(parts, {PAST_LENGTH: past_length, ROW_PAST_LENGTH: row_past_length})
     emitter = SiteEmitter(builder, decoder, config, step)
     for slot, site in enumerate(live):
         emitter.emit(site, slot)
@@ -84,10 +80,7 @@ def _changes(builder: Builder, plan: Plan, sites: Sequence[Site], live: Sequence
         removed_nodes=frozenset(plan.shapes).union(*(site.covered for site in sites)),
         removed_inputs={name for site in sites for name in site.removed_inputs},
         removed_outputs={name for site in sites for name in site.cache_outputs if name},
-        new_inputs={
-            HANDLE_INPUT: np.array([DEFAULT_HANDLE], np.int64),
-            PAST_LENGTH_INPUT: np.array([COMMITTED_LENGTH], np.int64),
-        },
+        new_inputs={name: np.array([default], np.int64) for name, default in CONTROL_INPUTS.items()},
         renamed_axes={operand.tensor: (operand.layout.index("S"), STORED_TOKENS) for operand in stored},
         opset=(DOMAIN, OPSET_VERSION),
         least_ir_version=MIN_IR_VERSION,

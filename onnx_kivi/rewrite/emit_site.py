@@ -7,7 +7,7 @@ from typing import Any
 from ..config import KiviConfig
 from ..graph import Builder
 from ..patterns import Added, DecoderGraph, MaskTerm
-from ..spec import DOMAIN, QUANTIZED_KV_SDPA, SdpaAttributes
+from ..spec import DOMAIN, SELF, SdpaAttributes
 from .layout_nodes import heads_first, laid_out
 from .site import Site
 
@@ -26,26 +26,28 @@ class SiteEmitter:
 
     def emit(self, site: Site, slot: int) -> None:
         """Give `slot` to a site and write its node."""
-        nothing = self._builder.floats()
+        nothing, attributes = self._builder.floats(), self._attributes(site, slot)
+        wire: dict[str, Any] = dict(attributes.to_wire())
         result = self._builder.node(
-            QUANTIZED_KV_SDPA.name,
+            attributes.op.name,
             *self._operands(site),
             self._mask(site) or nothing,
             self._head_sink(site) or nothing,
             self._step,
             stem=f"sdpa.{slot}",
             domain=DOMAIN,
-            **self._attributes(site, slot),
+            **wire,
         )
         element = self._decoder.element(site.output.tensor, site.element)
         if element != FLOAT:
             result = self._builder.cast(result, element)
         laid_out(self._builder, result, site.output, site.q_heads, site.kv_heads)
 
-    def _attributes(self, site: Site, slot: int) -> dict[str, Any]:
+    def _attributes(self, site: Site, slot: int) -> SdpaAttributes:
         config = self._config
         k_bits, v_bits = config.bits(site.layer)
-        attributes = SdpaAttributes(
+        window, window_sinks = config.windowed(site.window, site.kind)
+        return SdpaAttributes.least(
             slot=slot,
             kind=site.kind,
             k_bits=k_bits,
@@ -57,10 +59,11 @@ class SiteEmitter:
             scale=site.scale,
             softcap=site.softcap,
             is_causal=int(site.is_causal),
-            window=site.window,
+            window=window,
             nan_to_zero=int(site.nan_to_zero),
+            evict=int(window > 0 and site.kind == SELF),
+            window_sinks=window_sinks,
         )
-        return dict(attributes.to_wire())
 
     def _operands(self, site: Site) -> list[str]:
         """Query, key and value as float, (B, heads, S, D)."""

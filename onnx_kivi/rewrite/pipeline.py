@@ -9,7 +9,7 @@ from ..config import KiviConfig
 from ..errors import ConfigError, UnsupportedModelError
 from ..graph import Model, fingerprint, load, set_attribute
 from ..patterns import DecoderGraph
-from ..spec import DENSE_BITS, KV_CACHE_STEP, QUANTIZED_KV_SDPA
+from ..spec import ATTENTION_OPS, DENSE_BITS, STEP_OPS
 from .admit import admit
 from .check import check
 from .emit import emit
@@ -17,6 +17,7 @@ from .leftovers import leftovers
 from .numbering import numbered
 from .plan import Plan
 from .precision import roughest_element, rounds_activations
+from .ragged import one_length_reason
 from .readable import readable
 from .report import Report
 
@@ -46,7 +47,7 @@ def rewrite(model: ModelOrPath, config: KiviConfig | None = None, *, partial: bo
     model = _copy(model) if isinstance(model, Model) else load(model)
     findings = examine(model, cross=config.cross)
     _require(findings.report, config, partial)
-    gone = emit(model, findings.decoder, findings.plan, findings.report.sites, config)
+    gone = emit(model, findings.decoder, findings.plan, findings.report, config)
     check(model, gone)
     return model, findings.report
 
@@ -65,7 +66,8 @@ def examine(model: Model, *, cross: bool = False) -> Findings:
     admitted = admit(graph, cross=cross)
     decoder, sites = admitted.decoder, numbered(admitted.candidates)
     misses = (*admitted.misses, *leftovers(decoder, sites, explained=bool(admitted.misses)))
-    report = Report(sites, misses, roughest_element(decoder, sites), rounds_activations(graph))
+    one_length = one_length_reason(decoder, sites, partial=bool(misses))
+    report = Report(sites, misses, roughest_element(decoder, sites), rounds_activations(graph), one_length)
     return Findings(decoder, admitted.plan, report)
 
 
@@ -73,8 +75,8 @@ def dense(rewritten: Model) -> Model:
     """A copy of a rewritten model that keeps its caches in float32."""
     model = _copy(rewritten)
     for name in ("k_bits", "v_bits"):
-        set_attribute(model, QUANTIZED_KV_SDPA.name, name, DENSE_BITS)
-    set_attribute(model, KV_CACHE_STEP.name, "model_id", fingerprint(model))
+        set_attribute(model, ATTENTION_OPS, name, DENSE_BITS)
+    set_attribute(model, STEP_OPS, "model_id", fingerprint(model))
     return model
 
 

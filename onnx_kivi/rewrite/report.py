@@ -17,13 +17,15 @@ class Report:
     """Sites and misses of one model; `str()` is a table for people.
 
     element: the roughest type of its caches and of what attends to them. int8_activations: whether the model itself
-    rounds activations to 8 bits as it runs.
+    rounds activations to 8 bits as it runs. one_length: why the rows of a run must hold equally many tokens; "" if they
+    may differ.
     """
 
     sites: tuple[Site, ...]
     misses: tuple[Miss, ...]
     element: str
     int8_activations: bool = False
+    one_length: str = ""
 
     @property
     def cache_facts(self) -> CacheFacts:
@@ -43,6 +45,8 @@ class Report:
             "sites": [site.to_dict() for site in self.sites],
             "misses": [{"node": miss.node, "reason": miss.reason} for miss in self.misses],
             "element": self.element,
+            "ragged": not self.one_length,
+            "one_length": self.one_length,
             "savings": savings(self._of(SELF), CONTEXTS),
             "cross_savings": savings(self._of(CROSS), ENCODER_CONTEXTS),
         }
@@ -56,6 +60,10 @@ class Report:
             lines = ["no attention over a cache was matched"]
         lines += [_saving("cache", row) for row in savings(self._of(SELF), CONTEXTS)]
         lines += [_saving("encoder's cache", row) for row in savings(self._of(CROSS), ENCODER_CONTEXTS)]
+        if self.sites:
+            lines.append(
+                f"rows of different lengths in one run: {f'no, {self.one_length}' if self.one_length else 'yes'}"
+            )
         lines += [f"missed {miss.node}: {miss.reason}" for miss in self.misses]
         return "\n".join(lines)
 

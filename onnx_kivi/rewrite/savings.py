@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ..config import KiviConfig
-from ..spec import DENSE_BITS
+from ..spec import DENSE_BITS, SELF
 from .site import Site
 
 CONTEXTS = (4096, 32768, 131072)
@@ -37,15 +37,18 @@ def cache_bytes(sites: Sequence[Site], config: KiviConfig, tokens: int) -> int |
         if site.k_head_size is None or site.v_head_size is None:
             return None
         k_bits, v_bits = config.bits(site.layer)
+        window, _ = config.windowed(site.window, site.kind)
         past = max(0, tokens - config.sink_length - config.residual(site.kind))
         sealed = past // config.block_tokens * config.block_tokens
+        hidden = max(0, tokens + 1 - window - config.sink_length) if window and site.kind == SELF else 0
+        freed = min(sealed, hidden // config.block_tokens * config.block_tokens)
         sides = (
             (_key_block(k_bits, site.k_head_size, config), site.k_head_size),
             (_value_block(v_bits, site.v_head_size, config), site.v_head_size),
         )
         for block, size in sides:
             dense = (tokens - sealed) * size * DENSE_BYTES
-            total += site.kv_heads * (dense + sealed // config.block_tokens * block)
+            total += site.kv_heads * (dense + (sealed - freed) // config.block_tokens * block)
     return total
 
 

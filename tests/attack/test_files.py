@@ -25,7 +25,7 @@ from onnx_kivi.runtime.backend import CacheState
 from onnx_kivi.runtime.cache_file import load_state, save_state
 from refusals import refusal
 
-EMPTY = CacheState(None, 0, ())
+EMPTY = CacheState(None, (), ())
 SPARSE_BYTES = 1 << 40
 
 
@@ -69,7 +69,9 @@ WRITERS: dict[str, Callable[[Path], object]] = {
 
 @pytest.mark.parametrize("make", OTHER_THINGS, ids=lambda make: make.__name__)
 @pytest.mark.parametrize("write", WRITERS.values(), ids=WRITERS)
-def test_only_regular_files_are_replaced(tmp_path: Path, make: Callable[[Path], None], write: Callable[[Path], object]):
+def test_only_regular_files_are_replaced(
+    tmp_path: Path, make: Callable[[Path], None], write: Callable[[Path], object]
+) -> None:
     path = tmp_path / "out"
     make(path)
     before = path.lstat()
@@ -113,7 +115,9 @@ def test_what_never_ends_is_no_input(endless: dict[str, Path], name: str, capsys
         refusal(capsys.readouterr().err)
 
 
-def test_a_tokenizer_or_text_that_never_ends_is_refused(tiny: Path, tmp_path: Path, capsys) -> None:
+def test_a_tokenizer_or_text_that_never_ends_is_refused(
+    tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     fifo(tmp_path / "tokenizer.json")
     assert main(["generate", str(tiny), "--tokenizer", str(tmp_path), "--prompt", "a"]) == 2
     assert "a FIFO" in capsys.readouterr().err

@@ -16,15 +16,17 @@ Edit = Callable[[ModelProto], object]
 
 
 def opening(model: ModelProto) -> NodeProto:
-    return next(n for n in model.graph.node if n.op_type == "KvCacheStep")
+    nodes: list[NodeProto] = [n for n in model.graph.node if n.op_type.startswith("KvCacheStep")]
+    return nodes[0]
 
 
 def attending(model: ModelProto) -> list[NodeProto]:
-    return [n for n in model.graph.node if n.op_type == "QuantizedKvSdpa"]
+    return [n for n in model.graph.node if n.op_type.startswith("QuantizedKvSdpa")]
 
 
 def attribute(node: NodeProto, name: str) -> AttributeProto:
-    return next(a for a in node.attribute if a.name == name)
+    found: list[AttributeProto] = [a for a in node.attribute if a.name == name]
+    return found[0]
 
 
 def given(name: str, value: object, node: Callable[[ModelProto], NodeProto] = lambda m: attending(m)[0]) -> Edit:
@@ -87,7 +89,9 @@ EDITS: dict[str, tuple[Edit, str]] = {
     "a number that is none": (bytes_of("scale", b"1.0\0x"), "attribute scale: expected float"),
     "an infinite scale": (bytes_of("scale", b"inf"), "scale: expected (float|a finite number)"),
     "three bits": (given("k_bits", 3), "k_bits: expected one of"),
-    "another version": (given("spec_version", 2), "spec_version: expected 1 or 2, got 2"),
+    "another version": (given("spec_version", 3), "spec_version: expected 1 or 2, got 3"),
+    "the version of another operator": (given("spec_version", 2), "expected spec_version 1, got 2"),
+    "a step of version 1": (given("spec_version", 1, opening), "attribute one_length: expected one of"),
     "another version of the step": (given("spec_version", 0, opening), "spec_version: expected 1 or 2, got 0"),
     "another kind": (given("kind", "other"), "kind: expected one of self, cross, got 'other'"),
     "an attribute of no version": (
@@ -116,7 +120,7 @@ EDITS: dict[str, tuple[Edit, str]] = {
     "another ticket": (lambda m: attending(m)[0].input.__setitem__(5, "cache_handle"), "the ticket of"),
     "a handle of its own": (
         lambda m: opening(m).input.__setitem__(0, "past_length"),
-        "inputs cache_handle and past_len",
+        "inputs cache_handle, past_length, new_length",
     ),
     "a node in a branch": (in_a_branch, "in the main graph, got a place in a subgraph"),
     "a node in a function": (in_a_function, "in the main graph, got a place in a subgraph or function"),

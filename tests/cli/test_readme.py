@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 README = Path(__file__).parents[2] / "README.md"
-SELF_CONTAINED = 3
+SELF_CONTAINED = 4
 
 
 def test_the_examples_run(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -21,4 +21,5 @@ def test_the_examples_run(tiny: Path, tmp_path: Path, monkeypatch: pytest.Monkey
     for example in examples[:SELF_CONTAINED]:
         exec(compile(example, README.name, "exec"), names)
     assert names["draft"].length == 4
+    assert names["rows"].lengths == (3, 1)
     assert (tmp_path / "prompt.kivi").exists()

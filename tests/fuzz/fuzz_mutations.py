@@ -15,6 +15,7 @@ import random
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -125,7 +126,7 @@ def swap_inputs(graph: onnx.GraphProto, chance: random.Random) -> bool:
     node = chance.choice([n for n in graph.node if len(n.input) > 1])
     i, j = chance.sample(range(len(node.input)), 2)
     node.input[i], node.input[j] = node.input[j], node.input[i]
-    return node.input[i] != node.input[j]
+    return bool(node.input[i] != node.input[j])
 
 
 def redirect(graph: onnx.GraphProto, chance: random.Random) -> bool:
@@ -196,7 +197,8 @@ def insert(graph: onnx.GraphProto, chance: random.Random) -> bool:
     i = chance.choice(places)
     new = f"inserted.{len(graph.node)}.{chance.randrange(1 << 30)}"
     op = chance.choice(INSERTED)
-    made = helper.make_node(op, [node.input[i]], [new], **({"perm": [0, 1, 3, 2]} if op == "Transpose" else {}))
+    options: dict[str, Any] = {"perm": [0, 1, 3, 2]} if op == "Transpose" else {}
+    made = helper.make_node(op, [node.input[i]], [new], **options)
     node.input[i] = new
     graph.node.insert(at, made)
     return True

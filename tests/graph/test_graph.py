@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -282,6 +284,17 @@ def test_an_old_file_survives_a_failed_save(tmp_path: Path, monkeypatch: pytest.
         graph.save(decoder(), out)
     assert out.read_bytes() == b"old"
     assert list(tmp_path.iterdir()) == [out]
+
+
+def test_no_schema_outlives_the_interpreter() -> None:
+    code = """if True:
+        import atexit, onnx
+        atexit.register(lambda: print([s.name for s in onnx.defs.get_all_schemas() if s.domain == "onnx_kivi"]))
+        from onnx_kivi.graph import register_schemas
+        register_schemas()
+        print(onnx.defs.has("KvCacheStep", 1, "onnx_kivi"))"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines() == ["True", "[]"]
 
 
 def test_schemas_say_what_the_spec_says() -> None:

@@ -45,7 +45,7 @@ def child(code: str) -> str:
     return done.stdout
 
 
-def test_a_long_run_is_ended_and_the_cache_is_as_before():
+def test_a_long_run_is_ended_and_the_cache_is_as_before() -> None:
     """It would take tens of seconds: 40 layers of 4,000 tokens; one that was not ended would commit them."""
     code = """
 session = Session(proto, host="native")
@@ -64,7 +64,7 @@ print(signal.getsignal(signal.SIGINT) is signal.default_int_handler)
     assert child(code) == "interrupted 5\ninterrupted 5\n[5] 10 True\nTrue\n"
 
 
-def test_a_plain_session_is_interrupted_too():
+def test_a_plain_session_is_interrupted_too() -> None:
     code = """
 options = ort.SessionOptions()
 options.log_severity_level = 4
@@ -85,7 +85,7 @@ print(session.run(None, short_feeds)[0].tolist())
     assert child(code) == "interrupted\n[0]\n"
 
 
-def test_a_run_of_another_thread_goes_on():
+def test_a_run_of_another_thread_goes_on() -> None:
     """As in any Python program, Ctrl-C is the main thread's."""
     code = """
 session = Session(proto, host="native")
@@ -102,7 +102,7 @@ print(session.cache.length)
     assert child(code) == "interrupted\n600\n"
 
 
-def test_a_handler_of_the_users_own_is_called_and_the_run_still_ends():
+def test_a_handler_of_the_users_own_is_called_and_the_run_still_ends() -> None:
     code = """
 calls = []
 signal.signal(signal.SIGINT, lambda *_: calls.append("called"))
@@ -119,7 +119,7 @@ print(calls, session.cache.length)
 
 
 @pytest.mark.parametrize("handler", [signal.SIG_IGN, signal.SIG_DFL])
-def test_where_no_one_handles_ctrl_c_nothing_changes(handler):
+def test_where_no_one_handles_ctrl_c_nothing_changes(handler: signal.Handlers) -> None:
     code = f"""
 signal.signal(signal.SIGINT, signal.Handlers({int(handler)}))
 Session(proto, host="native")

@@ -160,9 +160,13 @@ def test_ops_that_are_only_specified_are_refused_by_name_when_the_model_loads(op
         [helper.make_tensor_value_info(f"{role}{i}", elements[t.element], None) for i, t in enumerate(tensors)]
         for role, tensors in (("in", op.inputs), ("out", op.outputs))
     )
-    given, made = ([value.name for value in values] for values in (inputs, outputs))
-    node = helper.make_node(op.name, given, made, domain=spec.DOMAIN, model_id="ghost", spec_version=2)
-    graph = helper.make_graph([node], "unbuilt", inputs, outputs)
+    read, written = ([value.name for value in values] for values in (inputs, outputs))
+    graph = helper.make_graph(
+        [helper.make_node(op.name, read, written, domain=spec.DOMAIN, model_id="ghost", spec_version=2)],
+        "g",
+        inputs,
+        outputs,
+    )
     opsets = [helper.make_opsetid("", 18), helper.make_opsetid(spec.DOMAIN, spec.OPSET_VERSION)]
     with pytest.raises(Exception, match="onnx_kivi") as caught:
         session(helper.make_model(graph, opset_imports=opsets, ir_version=spec.MIN_IR_VERSION))

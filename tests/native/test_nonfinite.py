@@ -55,14 +55,14 @@ def attend(
         level.attend(ticket, node, old[:, :, :1], old, old, NOTHING, NOTHING)
         if min(node.k_bits, node.v_bits) < 32:
             assert_sealed(level, handle)
-    tensors = [vectors.normal(name, 1, HEADS, 5, SIZE) for name in ("query", "key", "value")]
-    for change, tensor in zip((query, key, value), tensors, strict=True):
+    q, k, v = (vectors.normal(name, 1, HEADS, 5, SIZE) for name in ("query", "key", "value"))
+    for change, tensor in zip((query, key, value), (q, k, v), strict=True):
         if change:
             change(tensor)
     _, ticket = level.open_step(handle, -1, model())
-    output = level.attend(ticket, node, *tensors, mask, NOTHING if sink is None else np.array(sink, np.float32))
+    output = level.attend(ticket, node, q, k, v, mask, NOTHING if sink is None else np.array(sink, np.float32))
     level.close(handle)
-    return output[0]
+    return np.asarray(output[0])
 
 
 def put(number: float, *index: Any) -> Any:
@@ -85,19 +85,19 @@ def assert_nan_rows(output: np.ndarray, *rows: tuple[Any, Any]) -> None:
 
 @pytest.mark.parametrize("bits", [2, 8, 32])
 @pytest.mark.parametrize("number", [np.nan, np.inf, -np.inf])
-def test_a_query_that_is_not_finite_makes_its_row_nan(level, bits, number):
+def test_a_query_that_is_not_finite_makes_its_row_nan(level: Backend, bits: int, number: float) -> None:
     assert_nan_rows(attend(level, query=put(number, 1, 3, 2), k_bits=bits, v_bits=bits), (1, 3))
 
 
 @pytest.mark.parametrize("sign", [1, -1])
 @pytest.mark.parametrize("bits", [2, 8, 32])
-def test_a_score_beyond_float32_makes_its_row_nan_whatever_its_sign(level, bits, sign):
+def test_a_score_beyond_float32_makes_its_row_nan_whatever_its_sign(level: Backend, bits: int, sign: int) -> None:
     """The query times a scale of 8 is beyond it, in every block and with every key."""
     output = attend(level, query=put(sign * LARGEST, 0, 2), k_bits=bits, v_bits=bits, scale=8.0)
     assert_nan_rows(output, (0, 2))
 
 
-def test_products_that_overflow_with_either_sign_make_the_row_nan(level):
+def test_products_that_overflow_with_either_sign_make_the_row_nan(level: Backend) -> None:
     """Whether they are fused into the sum or not, which decides the sign it overflows with, or whether it is NaN."""
 
     def query(tensor: np.ndarray) -> None:
@@ -110,14 +110,14 @@ def test_products_that_overflow_with_either_sign_make_the_row_nan(level):
 
 
 @pytest.mark.parametrize("number", [np.nan, np.inf, -np.inf])
-def test_a_key_that_is_not_finite_makes_the_rows_nan_that_see_it(level, number):
+def test_a_key_that_is_not_finite_makes_the_rows_nan_that_see_it(level: Backend, number: float) -> None:
     seen = attend(level, key=put(number, 1, 2, 0), is_causal=1)
     assert_nan_rows(seen, (1, 2), (1, 3), (1, 4))
 
 
 @pytest.mark.parametrize("softcap", [0.0, 5.0])
 @pytest.mark.parametrize("past", [0, 33])
-def test_what_a_window_or_causality_hides_takes_no_part(level, past, softcap):
+def test_what_a_window_or_causality_hides_takes_no_part(level: Backend, past: int, softcap: float) -> None:
     """The tokens are in a tile that all queries work on: key and value of one that only some of them see."""
 
     def wreck(tensor: np.ndarray) -> None:
@@ -134,7 +134,7 @@ def test_what_a_window_or_causality_hides_takes_no_part(level, past, softcap):
 
 
 @pytest.mark.parametrize("past", [0, 33])
-def test_an_infinite_value_is_infinite_in_the_rows_that_see_it_and_nowhere_else(level, past):
+def test_an_infinite_value_is_infinite_in_the_rows_that_see_it_and_nowhere_else(level: Backend, past: int) -> None:
     output = attend(level, value=put(np.inf, 0, 3, 1), is_causal=1, past=past)
     assert np.isposinf(output[0, 3:, 1]).all()
     output[0, 3:, 1] = 0
@@ -143,7 +143,7 @@ def test_an_infinite_value_is_infinite_in_the_rows_that_see_it_and_nowhere_else(
 
 @pytest.mark.parametrize("past", [0, 33])
 @pytest.mark.parametrize("number", [np.inf, np.nan])
-def test_a_sink_of_infinity_or_nan_makes_its_heads_rows_nan_or_zero(level, number, past):
+def test_a_sink_of_infinity_or_nan_makes_its_heads_rows_nan_or_zero(level: Backend, number: float, past: int) -> None:
     assert_nan_rows(attend(level, sink=[number, 0.5], past=past), (0, slice(None)))
     output = attend(level, sink=[number, 0.5], past=past, nan_to_zero=1)
     assert (output[0] == 0).all()
@@ -151,13 +151,13 @@ def test_a_sink_of_infinity_or_nan_makes_its_heads_rows_nan_or_zero(level, numbe
     assert (output[1] != 0).any()
 
 
-def test_a_sink_of_minus_infinity_is_none(level):
+def test_a_sink_of_minus_infinity_is_none(level: Backend) -> None:
     np.testing.assert_array_equal(attend(level, sink=[-np.inf, -np.inf]), attend(level))
 
 
 @pytest.mark.parametrize("number", [np.inf, np.nan])
 @pytest.mark.parametrize("softcap", [0.0, 5.0])
-def test_a_mask_of_infinity_or_nan_makes_its_row_nan_or_zero(level, number, softcap):
+def test_a_mask_of_infinity_or_nan_makes_its_row_nan_or_zero(level: Backend, number: float, softcap: float) -> None:
     mask = np.zeros((1, 1, 5, 38), np.float32)
     mask[..., 1, 20] = number
     assert_nan_rows(attend(level, mask=mask, softcap=softcap), (slice(None), 1))
@@ -166,7 +166,7 @@ def test_a_mask_of_infinity_or_nan_makes_its_row_nan_or_zero(level, number, soft
     assert np.isfinite(output).all()
 
 
-def test_threads_that_share_a_row_agree_with_one_that_does_not(level):
+def test_threads_that_share_a_row_agree_with_one_that_does_not(level: Backend) -> None:
     """Tokens are split over tasks in the native plan; the sink belongs to the first of them."""
     for sink in ([np.inf, 0.5], [np.nan, 0.5]):
         assert_nan_rows(attend(level, sink=sink, past=1501), (0, slice(None)))
@@ -175,7 +175,7 @@ def test_threads_that_share_a_row_agree_with_one_that_does_not(level):
 
 @pytest.mark.parametrize("exponent", [18, 20, 30, 38])
 @pytest.mark.parametrize("bits", [4, 32])
-def test_nan_counts_after_overflow_are_those_of_numpy(exponent, bits):
+def test_nan_counts_after_overflow_are_those_of_numpy(exponent: int, bits: int) -> None:
     """Queries and keys all of one size, so that every product is far beyond float32, or far within it."""
     size = np.float32(10.0**exponent)
 

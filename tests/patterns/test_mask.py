@@ -14,7 +14,10 @@ from hypothesis import strategies as st
 import onnx_kivi as kivi
 from graphs import decoder, replay
 from mask_graphs import FILL, INPUTS, PADDING, PLACES
+from onnx_kivi.patterns.masks import facts
+from onnx_kivi.patterns.masks.facts import BLIND_ROWS, BlindRowRule
 from onnx_kivi.patterns.masks.predicates import ALWAYS, NEVER, Affine, AtMostZero, Predicate, affine, equivalent
+from zoo import MODELS
 
 ROUNDING = 2e-6  # sums of at most 16 float32 products of order 1, taken in another order
 
@@ -158,3 +161,23 @@ def test_a_condition_is_equivalent_to_what_implies_it(literal: AtMostZero) -> No
     assert equivalent(one.and_(wider), one)
     assert equivalent(one.or_(wider), wider)
     assert not equivalent(one, wider)
+
+
+BLIND = {
+    "the original makes zeros of NaN, or has no -inf": "dynamo-18/llama",
+    "it is hidden by what hid it before": "genai-fp32/llama",
+    "it keeps a finite mask beside the attributes, or sees itself": "legacy-17/llama",
+    "-inf may hide all of it, where a finite fill kept it finite": "optimum/bloom",
+}
+
+
+@pytest.mark.parametrize("rule", BLIND_ROWS, ids=lambda rule: rule.case)
+def test_each_rule_for_rows_that_see_no_key_is_needed(rule: BlindRowRule, monkeypatch: pytest.MonkeyPatch) -> None:
+    def found() -> set[bool]:
+        return {site.nan_to_zero for site in kivi.inspect(MODELS[BLIND[rule.case]]).sites}
+
+    assert found() == {rule.nan_to_zero}
+    without = tuple(other for other in BLIND_ROWS if other != rule)
+    otherwise = BlindRowRule("none of the others", "", lambda _: True, not rule.nan_to_zero)
+    monkeypatch.setattr(facts, "BLIND_ROWS", (*without, otherwise))
+    assert found() == {not rule.nan_to_zero}

@@ -198,6 +198,14 @@ NEAR_MISSES: dict[str, tuple[dict[str, Any], str]] = {
         {"inputs": {"past_key": "float[B,H,P,8] past_0_key", "key": "float[B,H,S,8] key"}},
         "size 4 can't be composed",
     ),
+    "a cache that is returned in another order": (
+        {
+            "outputs": {"present_key": "float[B,T,2,8] present_0_key"},
+            "join_key": "joined = Concat<axis=2>(past_0_key, key) present_0_key = Transpose<perm=[0,2,1,3]>(joined)",
+            "repeat_key": "k5 = Unsqueeze(joined, i(2)) k6 = Expand(k5, i(1,1,2,1,1)) k = Reshape(k6, i(0,4,-1,8))",
+        },
+        "no output returns",
+    ),
     "a cache that is not returned": ({"outputs": {"present_key": None}}, "no output returns"),
 }
 

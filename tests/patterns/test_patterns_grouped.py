@@ -16,6 +16,8 @@ import pytest
 import onnx_kivi as kivi
 from graphs import ONE_KV_HEAD, decoder, replay
 from onnx_kivi.graph import read_equation
+from onnx_kivi.patterns.matching import axes
+from onnx_kivi.patterns.matching.axes import TOKENS_SIGNS, Sign
 
 ROUNDING = 2e-6  # sums of at most 16 float32 products of order 1, taken in another order
 EIGHT_BITS = 0.02  # a step of 1/255 of the range, softened by the softmax
@@ -48,7 +50,7 @@ REPEATED = {
     "product": 'scores = Einsum<equation="bhsd,bhtd->bhst">(query, k)',
     "values": 'out = Einsum<equation="bhst,bhtd->bhsd">(weights, v)',
 }
-TOKENS_FIRST = {
+TOKENS_FIRST: dict[str, Any] = {
     "inputs": {
         "query": "float[B,S,4,8] query",
         "key": "float[B,S,2,8] key",
@@ -220,6 +222,59 @@ def test_spellings_give_the_original_s_result(
     assert max(differences) <= limit
     if bits == 8:
         assert max(differences) > 10 * ROUNDING  # something was sealed
+
+
+def fixed(tokens: int, heads: int) -> dict[str, Any]:
+    """Tokens first, so many of them in each run, and so many query heads over 2 kv heads."""
+    changed = {
+        "query": f"float[B,{tokens},{heads},8] query",
+        "key": f"float[B,{tokens},2,8] key",
+        "value": f"float[B,{tokens},2,8] value",
+        "mask": None,
+    }
+    return TOKENS_FIRST | {
+        "inputs": TOKENS_FIRST["inputs"] | changed,
+        "outputs": TOKENS_FIRST["outputs"] | {"out": f"float[B,{tokens},{heads},8] out"},
+        "mask": "masked = Identity(scaled)",
+    }
+
+
+BSKGD = PLAIN | {
+    "transpose": None,
+    "product": 'q5 = Reshape(query, i(0,0,2,-1,8)) scores = Einsum<equation="bskgd,btkd->bkgst">(q5, k)',
+    "values": 'o5 = Einsum<equation="bkgst,btkd->bskgd">(weights, v) out = Reshape(o5, i(0,0,-1,8))',
+}
+OWN_NAMES = {
+    "inputs": TOKENS_FIRST["inputs"] | {side: f"float[B,N_{side},2,8] {side}" for side in ("key", "value")},
+    "mask": GROUPED["mask"],
+}
+FIXED_FOLDED = FOLDED | {
+    "inputs": {
+        "query": "float[B,4,3,8] query",
+        "key": "float[B,2,3,8] key",
+        "value": "float[B,2,3,8] value",
+        "mask": None,
+    },
+    "outputs": {"out": "float[B,4,3,8] out"},
+    "scale": "scaled = Mul(scores, f(0.3))",
+    "mask": "masked = Identity(scaled)",
+    "guard": None,
+    "values": "o4 = MatMul(weights, v) out = Reshape(o4, i(0,4,-1,8))",
+}
+SIGNS: dict[str, tuple[dict[str, Any], int]] = {
+    "as many as there are new tokens": (fixed(2, 8) | BSKGD, 8),
+    "no fixed number, as query heads have": (TOKENS_FIRST | BSKGD | OWN_NAMES, 4),
+    "some times a fixed number of new tokens": (FIXED_FOLDED, 4),
+}
+
+
+@pytest.mark.parametrize("sign", TOKENS_SIGNS, ids=lambda sign: sign.meaning)
+def test_each_sign_of_the_tokens_axis_is_needed(sign: Sign, monkeypatch: pytest.MonkeyPatch) -> None:
+    changes, heads = SIGNS[sign.meaning]
+    (site,) = kivi.inspect(decoder(**changes)).sites
+    assert (site.q_heads, site.kv_heads) == (heads, 2)
+    monkeypatch.setattr(axes, "TOKENS_SIGNS", tuple(other for other in TOKENS_SIGNS if other != sign))
+    assert [site.q_heads for site in kivi.inspect(decoder(**changes)).sites] != [heads]
 
 
 def test_a_grouped_causal_mask_becomes_a_fact() -> None:

@@ -144,6 +144,19 @@ NEAR_MISSES: dict[str, tuple[onnx.ModelProto, str]] = {
         mha(tail=", length", inputs={"length": "int32[1] length"}),
         "the past length of a shared buffer",
     ),
+    "a past in another order": (
+        decoder(
+            inputs=MERGED | {"past_key": "float[B,P,4,8] past_0_key"},
+            outputs=RESULTS | {"present_key": "float[B,T,4,8] present_0_key"},
+            domains=', "com.microsoft": 1',
+            values="""turned = Transpose<perm=[0,2,1,3]>(past_0_key)
+                out, whole, present_0_value = com.microsoft.MultiHeadAttention<num_heads=4>(
+                    query, key, value, , , , turned, past_0_value)
+                present_0_key = Transpose<perm=[0,2,1,3]>(whole)""",
+            **INSIDE,
+        ),
+        "a cache that nothing reads",
+    ),
     "scores as an output": (mha(outputs=", w", gives={"w": "float[B,4,S,T] w"}), "the scores, is read"),
     "ends and starts packed": (
         mha(padding="ends", inputs={"padding": "int32[N] ends"}),

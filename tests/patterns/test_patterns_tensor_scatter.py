@@ -147,7 +147,7 @@ NEAR_MISSES: dict[str, tuple[dict[str, Any], str]] = {
             "inputs": {"at": "int64[B,2,S,8] at"},
             "join_key": "present_0_key = ScatterElements<axis=2>(past_0_key, at, key)",
         },
-        "ScatterElements reads it before it is joined",
+        "expected a buffer that TensorScatter writes to",
     ),
 }
 

@@ -16,6 +16,7 @@ from onnx_kivi.cli.parser import main
 from onnx_kivi.graph import Builder, Changes, Graph, Model, apply
 from onnx_kivi.rewrite import emit, emit_site
 from onnx_kivi.rewrite.check import check
+from onnx_kivi.spec import SdpaAttributes
 
 REPORT = "an error of onnx_kivi, not of the model; nothing was written; report it"
 
@@ -25,7 +26,8 @@ def rewritten() -> onnx.ModelProto:
 
 
 def node(model: onnx.ModelProto, name: str) -> onnx.NodeProto:
-    return next(n for n in model.graph.node if name in n.name)
+    found: list[onnx.NodeProto] = [n for n in model.graph.node if name in n.name]
+    return found[0]
 
 
 def set_int(model: onnx.ModelProto, name: str, attribute: str, value: int) -> None:
@@ -52,7 +54,7 @@ BROKEN: dict[str, tuple[Callable[[onnx.ModelProto], Any], str]] = {
     "a slot is left out": (lambda m: set_int(m, "sdpa.1", "slot", 2), "sdpa.1.*expected slot 1.*got 2"),
     "layers are miscounted": (
         lambda m: set_int(m, "KvCacheStep", "layers", 3),
-        "KvCacheStep 'onnx_kivi/past_length/KvCacheStep': expected layers=2, .*got 3",
+        "KvCacheStepV2 'onnx_kivi/past_length/KvCacheStepV2': expected layers=2, .*got 3",
     ),
     "a node has another ticket": (
         lambda m: node(m, "sdpa.0").input.__setitem__(5, "past_length"),
@@ -82,8 +84,8 @@ def keep_a_covered_node(changes: Changes, graph: Graph, model: Model) -> None:
     model.graph.node.append(reader)
 
 
-def one_slot_for_all(self: emit_site.SiteEmitter, site: Any, slot: int) -> dict[str, Any]:
-    return attributes(self, site, slot) | {"slot": 0}
+def one_slot_for_all(emitter: Any, site: Any, slot: int) -> SdpaAttributes:
+    return dataclasses.replace(attributes(emitter, site, slot), slot=0)
 
 
 attributes = emit_site.SiteEmitter._attributes
@@ -119,7 +121,7 @@ def test_a_broken_emitter_writes_nothing(
 
 
 def test_a_model_that_was_given_is_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(emit_site.SiteEmitter, "_attributes", lambda *_: {"slot": 1})
+    monkeypatch.setattr(emit_site.SiteEmitter, "_attributes", lambda *_: SdpaAttributes(slot=1))
     model = decoder()
     before = model.SerializeToString(deterministic=True)
     with pytest.raises(kivi.UnsupportedModelError, match="expected slot 0"):

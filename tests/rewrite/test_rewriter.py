@@ -12,6 +12,7 @@ import pytest
 
 import onnx_kivi as kivi
 from graphs import BATCH, decoder, feeds, half, replay, two_layers
+from onnx_kivi.spec import CONTROL_INPUTS
 
 ROUNDING = 2e-6  # sums of at most 16 float32 products of order 1, taken in another order
 HALF_ROUNDING = 4e-3  # float16 has 11 bits; the original rounds scores, weights and sums to it, the op only its ends
@@ -28,14 +29,14 @@ def test_caches_leave_the_interface_and_two_inputs_with_defaults_join() -> None:
     before = original.SerializeToString(deterministic=True)
     model, report = kivi.rewrite(original)
     assert original.SerializeToString(deterministic=True) == before
-    assert [i.name for i in model.graph.input] == ["query", "key", "value", "mask", "cache_handle", "past_length"]
+    assert [i.name for i in model.graph.input] == ["query", "key", "value", "mask", *CONTROL_INPUTS]
     assert [o.name for o in model.graph.output] == ["out"]
     defaults = {t.name: onnx.numpy_helper.to_array(t).tolist() for t in model.graph.initializer}
     assert defaults["cache_handle"] == [0]
     assert defaults["past_length"] == [-1]
     assert model.ir_version >= 8
     ops = [n.op_type for n in model.graph.node]
-    assert sorted(ops) == ["Identity", "KvCacheStep", "QuantizedKvSdpa"]
+    assert sorted(ops) == ["Identity", "KvCacheStepV2", "QuantizedKvSdpa"]
     assert {o.domain: o.version for o in model.opset_import} == {"": 18, "onnx_kivi": 1}
     assert report.sites[0].cache_inputs == ("past_0_key", "past_0_value")
     assert report.sites[0].cache_outputs == ("present_0_key", "present_0_value")
@@ -67,7 +68,7 @@ def test_the_same_model_and_configuration_give_the_same_bytes() -> None:
         return bytes(model.SerializeToString(deterministic=True))
 
     def model_id(content: bytes) -> bytes:
-        return bytes(nodes(onnx.load_from_string(content), "KvCacheStep")[0]["model_id"])
+        return bytes(nodes(onnx.load_from_string(content), "KvCacheStepV2")[0]["model_id"])
 
     assert made(decoder()) == made(decoder())
     others = [decoder(scale="scaled = Mul(scores, f(0.4))"), decoder(opset=17)]
@@ -89,7 +90,7 @@ def test_configuration_reaches_the_nodes_by_layer() -> None:
             96,
             7,
         )
-    assert nodes(model, "KvCacheStep")[0]["layers"] == 2
+    assert nodes(model, "KvCacheStepV2")[0]["layers"] == 2
 
 
 def test_a_plain_session_keeps_state_rewinds_and_restarts(tmp_path: Path) -> None:
@@ -206,7 +207,7 @@ def test_inputs_that_old_models_list_for_their_initializers_are_dropped() -> Non
         model.graph.input.append(onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims))
     made, _ = kivi.rewrite(model)
     assert made.ir_version >= 8
-    assert [i.name for i in made.graph.input] == ["query", "key", "value", "mask", "cache_handle", "past_length"]
+    assert [i.name for i in made.graph.input] == ["query", "key", "value", "mask", *CONTROL_INPUTS]
 
 
 @pytest.mark.parametrize(

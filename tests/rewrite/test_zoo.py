@@ -37,6 +37,7 @@ def replay(session: kivi.Session, recorded: dict[str, Array]) -> list[Array]:
             "input_ids": recorded["ids"][:, start:end],
             "attention_mask": mask[:, :end],
             "position_ids": np.clip(mask[:, :end].cumsum(1) - 1, 0, None)[:, start:],
+            "cache_position": np.arange(start, end),
             "use_cache_branch": np.array([True]),
         }
         feeds = {i.name: known[i.name].astype(ELEMENTS[i.type]) for i in session.get_inputs()}
@@ -96,3 +97,10 @@ def test_quantized_rewrite_is_close_and_not_identical(name: str, tmp_path: Path)
     assert cache.sealed_tokens >= SEALED
     assert differences[0] <= rounding(name)
     assert 0 < max(differences[1:]) <= EIGHT_BITS
+
+
+def test_all_layers_of_a_static_cache_share_their_checks() -> None:
+    model, report = kivi.rewrite(MODELS["dynamo-18-static/llama"])
+    assert len(report.sites) == 2
+    for demand in ("tokens_must_be_written_where_the_cache_ends", "mask_must_hide_what_is_not_written"):
+        assert sum(demand in node.name for node in model.graph.node) == 1

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -167,9 +167,9 @@ def test_a_step_that_cannot_be_opened_names_the_row_and_changes_nothing(backend:
     closed = backend.new_cache()
     backend.close(closed)
     before = [backend.export_state(handle) for handle in (*handles, wide)]
-    for arguments, step, message in bad_steps(handles, wide, closed):
+    for (rows, past, new), step, message in bad_steps(handles, wide, closed):
         with pytest.raises(CacheError, match=message):
-            backend.open_rows(*arguments, step)
+            backend.open_rows(rows, past, new, step)
         for handle, state in zip((*handles, wide), before, strict=True):
             assert_same(backend.export_state(handle), state)
 
@@ -187,8 +187,8 @@ def test_a_model_that_needs_one_length_says_why(backend: Backend, rng: Random, v
     for past, new in (([-1], [-1]), ([3], [2, 1])):
         with pytest.raises(CacheError, match=message):
             backend.open_rows(handles, past, new, step)
-    past, ticket = backend.open_rows(handles, [3], [-1], step)
-    assert past == (3, 3)
+    lengths, ticket = backend.open_rows(handles, [3], [-1], step)
+    assert lengths == (3, 3)
     assert set(backend.members(ticket)) == set(handles)
 
 
@@ -205,7 +205,9 @@ def test_gathered_rows_share_what_is_sealed_and_part_when_they_grow(backend: Bac
     handle = filled(backend, rng, 400, [node])
     whole = backend.nbytes(handle)
     assert backend.shared_nbytes(handle) == 0
-    forks = [backend.gather([(handle, 0)]) for _ in range(8)]
+    forks = [backend.gather([(handle, 0)])]
+    assert backend.shared_nbytes(handle) == whole
+    forks += [backend.gather([(handle, 0)]) for _ in range(7)]
     assert backend.shared_nbytes(handle) == whole
     assert sum(backend.nbytes(f) - backend.shared_nbytes(f) for f in forks) == 0
     for fork in forks:
@@ -238,9 +240,9 @@ def test_gather_refuses_what_does_not_belong_together(backend: Backend, rng: Ran
         with pytest.raises(CacheError, match=message):
             backend.gather(rows)
     joined = backend.gather([(wide, 1), (a, 0), (wide, 0)])
-    rows = backend.export_state(joined).slots[0].rows
-    assert len(rows) == 3
-    np.testing.assert_array_equal(rows[0].sinks.key, backend.export_state(wide).slots[0].rows[1].sinks.key)
+    held = backend.export_state(joined).slots[0].rows
+    assert len(held) == 3
+    np.testing.assert_array_equal(held[0].sinks.key, backend.export_state(wide).slots[0].rows[1].sinks.key)
 
 
 def test_caches_are_joined_split_selected_and_repeated(backend: Backend, rng: Random) -> None:
@@ -254,12 +256,13 @@ def test_caches_are_joined_split_selected_and_repeated(backend: Backend, rng: Ra
         with Cache.join([parts[1], four, parts[0]]) as joined, joined.select([5, 0]) as two:
             assert joined.lengths == (4, 9, 9, 9, 9, 9)
             assert two.lengths == (9, 4)
-        for wrong, message in (
+        refused: list[tuple[Callable[[], Cache], str]] = [
             (lambda: cache.select([2]), "row number"),
             (lambda: cache.repeat(0), "at least 1 time"),
             (lambda: Cache.join([]), "at least one cache"),
             (lambda: Cache.join([cache, Cache(backend, backend.new_cache())]), "an empty one"),
-        ):
+        ]
+        for wrong, message in refused:
             with pytest.raises(CacheError, match=message):
                 wrong()
 
@@ -302,7 +305,8 @@ def windowed(query: Array, whole: Array, position: int, window: int) -> Array:
         seen = (places <= position + s) & (places > position + s - window)
         scores[:, s, ~seen] = -np.inf
     p = np.exp(scores - scores.max(-1, keepdims=True))
-    return np.einsum("hst,htd->hsd", p / p.sum(-1, keepdims=True), whole)
+    output: Array = np.einsum("hst,htd->hsd", p / p.sum(-1, keepdims=True), whole)
+    return output
 
 
 def test_a_crop_past_the_freed_part_is_refused_and_others_are_exact(backend: Backend, rng: Random) -> None:

@@ -224,36 +224,40 @@ class _Pass:
 
     def _node_inference(self, node: Node, inputs: Sequence[AbstractValue | None]) -> list[AbstractValue]:
         """Types and shapes by onnx's own inference; sizes it does not know are None."""
-        unknown = [AbstractValue(0, None) for _ in node.outputs]
-        typed = ELEMENT_SOURCES.get(node.op, 0)
-        if node.op in SHAPE_RULES and len(inputs) > typed and (source := inputs[typed]) is not None:
-            unknown = [AbstractValue(source.element, None) for _ in node.outputs]
+        unknown = [AbstractValue(self._element_by_rule(node, inputs), None) for _ in node.outputs]
         domain, _, op = node.op.rpartition(".")
-        if domain or node.captured or not onnx.defs.has(op, self.graph.opset):
+        given = [(name, known) for name, known in zip(node.inputs, inputs, strict=True) if name]
+        opaque = any(known is None for _, known in given)
+        if opaque or domain or node.captured or not onnx.defs.has(op, self.graph.opset):
             return unknown
-        types, data = {}, {}
-        for name, operand in zip(node.inputs, inputs, strict=True):
-            if operand is None:
-                if name:
-                    return unknown
-                continue
-            sizes = (
-                None if operand.shape is None else [s if isinstance(s, int) else self._text(s) for s in operand.shape]
-            )
-            types[name] = onnx.helper.make_tensor_type_proto(operand.element, sizes)
-            numbers = operand.numbers()
-            if numbers is not None and operand.element == onnx.TensorProto.INT64:
-                data[name] = onnx.numpy_helper.from_array(np.asarray(numbers, dtype=np.int64), name)
+        types = {name: self._type(known) for name, known in given if known is not None}
+        data = {name: tensor for name, known in given if known and (tensor := _int64_tensor(name, known)) is not None}
         try:
-            schema = onnx.defs.get_schema(op, self.graph.opset)
             inferred = shape_inference.infer_node_outputs(
-                schema, node.proto, types, data, opset_imports=[onnx.helper.make_opsetid("", self.graph.opset)]
+                onnx.defs.get_schema(op, self.graph.opset),
+                node.proto,
+                types,
+                data,
+                opset_imports=[onnx.helper.make_opsetid("", self.graph.opset)],
             )
         except Exception:  # an unusual node is a node about which nothing is known
             return unknown
         if not inferred and node.op in BOOL_OPERATORS:
             return [AbstractValue(onnx.TensorProto.BOOL, None)]
         return [self._operand(inferred.get(name)) for name in node.outputs]
+
+    def _element_by_rule(self, node: Node, inputs: Sequence[AbstractValue | None]) -> int:
+        """The outputs' element type where a rule of our own gives their shapes; 0 elsewhere."""
+        place = ELEMENT_SOURCES.get(node.op, 0)
+        source = inputs[place] if node.op in SHAPE_RULES and len(inputs) > place else None
+        return 0 if source is None else source.element
+
+    def _type(self, known: AbstractValue) -> onnx.TypeProto:
+        """A type for onnx's inference, with a dim_param for each size that is no number."""
+        if known.shape is None:
+            return onnx.helper.make_tensor_type_proto(known.element, None)
+        sizes = [size if isinstance(size, int) else self._text(size) for size in known.shape]
+        return onnx.helper.make_tensor_type_proto(known.element, sizes)
 
     def _text(self, size: Dim) -> str:
         """A dim_param that stands for `size` and for nothing else."""
@@ -271,6 +275,14 @@ class _Pass:
             int(d.dim_value) if d.HasField("dim_value") else self._sizes.get(d.dim_param) for d in tensor.shape.dim
         )
         return AbstractValue(tensor.elem_type, tuple(sizes))  # type: ignore[arg-type]
+
+
+def _int64_tensor(name: str, known: AbstractValue) -> onnx.TensorProto | None:
+    """The value of an int64 tensor that is known and made of plain numbers."""
+    numbers = known.numbers()
+    if numbers is None or known.element != onnx.TensorProto.INT64:
+        return None
+    return onnx.numpy_helper.from_array(np.asarray(numbers, dtype=np.int64), name)
 
 
 def _objects(array: npt.NDArray[Any]) -> Values | None:

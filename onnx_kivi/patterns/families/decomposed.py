@@ -49,12 +49,6 @@ class _Attention:
 
 def match(decoder: DecoderGraph, node: Node) -> Match | None:
     """The attention around a softmax that ends in this node; None if it is not over a cache that grows."""
-    found = written_out(decoder, node, fixed=True)
-    if found is not None:
-        raise MissError(
-            f"cache {found.caches[0].input!r} is a buffer of fixed size; expected attention that is told how much it "
-            "holds"
-        )
     return written_out(decoder, node, fixed=False)
 
 

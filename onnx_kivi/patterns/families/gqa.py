@@ -12,7 +12,7 @@ from typing import Any
 
 from ...graph import Node
 from ..caches import CacheTensor, Port, Ports
-from ..decoder_graph import PAST_LENGTH, DecoderGraph
+from ..decoder_graph import DecoderGraph
 from ..match import Added, MaskTerm, Match, MissError, Operand
 from ..matching.softmax import reduced_axes
 from ..prologue import CONTRIB, Prologue
@@ -131,16 +131,26 @@ def _checked(prologue: Prologue, positions: str, table: str) -> str:
 
 
 def _positions(prologue: Prologue, node: Node) -> str:
-    """(B, S): those given (of a first prompt only the very first counts), or on from what each row holds."""
+    """(B, S): those given (of a first prompt only the very first counts), or on from what each row holds.
+
+    A prompt that is shorter than S is padded behind its tokens, unless new_length says that these are the last.
+    """
     counted_S = prologue.counted(prologue.size(node.inputs[QUERY], 1))
     given = node.input(POSITIONS)
     if given:
         first = prologue.node("Slice", given, prologue.ints(0, 0), prologue.ints(1, 1))
         of_prompt = prologue.node("Add", first, counted_S)
-        is_prompt = prologue.node("Equal", PAST_LENGTH, prologue.ints(0))
+        is_prompt = prologue.node("And", _is_prompt(prologue), prologue.takes_all())
         return prologue.node("Where", is_prompt, of_prompt, given)
-    held_B1 = prologue.node("Sub", _lengths(prologue, node), prologue.size(node.inputs[QUERY], 1))
-    return prologue.node("Add", prologue.node("Max", held_B1, prologue.ints(0)), counted_S)
+    before_B1 = prologue.node("Sub", _lengths(prologue, node), prologue.size(node.inputs[QUERY], 1))
+    held_B1 = prologue.node("Max", before_B1, prologue.ints(0))
+    first_B1 = prologue.node("Where", prologue.takes_all(), held_B1, before_B1)
+    return prologue.node("Max", prologue.node("Add", first_B1, counted_S), prologue.ints(0))
+
+
+def _is_prompt(prologue: Prologue) -> str:
+    """Whether a row holds nothing yet, (R, 1)."""
+    return prologue.node("Equal", prologue.row_past(), prologue.ints(0))
 
 
 def _lengths(prologue: Prologue, node: Node) -> str:
@@ -152,18 +162,19 @@ def _lengths(prologue: Prologue, node: Node) -> str:
 def _padding(decoder: DecoderGraph, prologue: Prologue, node: Node, window: int) -> str:
     """What hides padding, (B, 1, 1, T) or (1, 1, 1, 1); a run that this cache can't follow stops there.
 
-    A first prompt needs nothing: its padding comes last, where no token sees it. Later, padding that the mask shows
-    lies where it was fed, unless the newest token is among it: then the caller moves it to the end at each step.
+    A row without padding needs nothing, nor does a first prompt: its padding comes last, where no token sees it. Later,
+    padding that the mask shows lies where it was fed, unless the newest token is among it: then the caller moves it to
+    the end at each step.
     """
-    is_prompt = prologue.node("Equal", PAST_LENGTH, prologue.ints(0))
+    is_prompt = _is_prompt(prologue)
+    whole = prologue.node("Equal", _lengths(prologue, node), prologue.row_total(node.inputs[QUERY]))
     mask_BT = "" if window else summed_mask(decoder, node.inputs[SEQLENS])
     if not mask_BT:
-        whole = prologue.node("Equal", _lengths(prologue, node), prologue.total_tokens(node.inputs[QUERY]))
         shown = prologue.require(prologue.node("Or", whole, is_prompt), PADDED_ROWS)
         return prologue.unsqueeze(shown, 1, 2, 3)
     first, last = (prologue.cast(prologue.node("Gather", mask_BT, prologue.ints(i), axis=1), "bool") for i in (0, -1))
     followed = prologue.node("And", first, prologue.node("Or", last, is_prompt))
-    shown = prologue.require(followed, PADDING_MOVED)
+    shown = prologue.require(prologue.node("Or", prologue.node("And", whole, last), followed), PADDING_MOVED)
     shown_BT = prologue.node("Where", prologue.cast(mask_BT, "bool"), shown, prologue.scalar(LOWEST))
     return prologue.unsqueeze(shown_BT, 1, 2)
 

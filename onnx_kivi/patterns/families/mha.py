@@ -41,15 +41,14 @@ def match(decoder: DecoderGraph, node: Node) -> Match | None:
     if causal and not inside:
         raise MissError("unidirectional over a cache joined outside counts positions from 0, not from the past")
     prologue = Prologue(decoder.graph)
-    if inside:
-        query, key, value = (Operand(name, LAYOUT) for name in _biased(decoder, prologue, node))
-    else:
-        query = Operand(_biased_query(decoder, prologue, node), LAYOUT)
-        key, value = cache_operand(keys, node), cache_operand(values, node)
+    operands = (
+        _joined_inside(decoder, prologue, node) if inside else _joined_outside(decoder, prologue, node, keys, values)
+    )
     heads, caches = int(node.attr("num_heads")), (keys.cache, values.cache)
-    layouts = (HEADS_FIRST, HEADS_FIRST) if inside else (key.layout, value.layout)
+    layouts = (HEADS_FIRST, HEADS_FIRST) if inside else [operand.layout for operand in operands[1:]]
     kv_heads, k_head_size, v_head_size = head_sizes(decoder, caches, layouts, heads)
     mask = _mask(decoder, prologue, node)
+    query, key, value = operands
     return Match(
         query=query,
         key=key,
@@ -66,6 +65,19 @@ def match(decoder: DecoderGraph, node: Node) -> Match | None:
         is_causal=causal,
         prologue=prologue.parts,
     )
+
+
+def _joined_inside(decoder: DecoderGraph, prologue: Prologue, node: Node) -> tuple[Operand, ...]:
+    """Query, key and value of a node that joins past and new itself."""
+    return tuple(Operand(name, LAYOUT) for name in _biased(decoder, prologue, node))
+
+
+def _joined_outside(
+    decoder: DecoderGraph, prologue: Prologue, node: Node, keys: CacheView, values: CacheView
+) -> tuple[Operand, ...]:
+    """Query, key and value of a node that reads caches."""
+    query = Operand(_biased_query(decoder, prologue, node), LAYOUT)
+    return query, cache_operand(keys, node), cache_operand(values, node)
 
 
 def _mask(decoder: DecoderGraph, prologue: Prologue, node: Node) -> tuple[MaskTerm, ...]:

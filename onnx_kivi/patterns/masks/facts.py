@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
-from ...graph import Dim, TooComplexError, symbol
+from ...graph import TooComplexError, symbol
 from ..decoder_graph import PAST_LENGTH, DecoderGraph
 from ..layouts import SCORES, SIZE_1, joined, letters
 from ..match import LARGEST_FLOAT32, Added, Filled, MaskTerm, Match
@@ -54,8 +54,11 @@ class Hidden:
 
 @dataclass(frozen=True, slots=True)
 class BlindRow:
-    """What is known of a row that sees no key: whether the original makes zeros of it, whether a finite fill of its
-    mask becomes an attribute, which hides with -inf, and whether all terms that stay are finite."""
+    """What is known of a row that sees no key.
+
+    zeroed: the original makes zeros of it. hardened: a finite fill becomes an attribute, which hides with -inf.
+    rest_is_finite: so are all terms that stay.
+    """
 
     zeroed: bool
     hardened: bool
@@ -64,19 +67,40 @@ class BlindRow:
 
 @dataclass(frozen=True, slots=True)
 class BlindRowRule:
-    """A case, and whether the op must then make zeros of a row that is NaN."""
+    """A case, and whether the op must then make zeros of a row that is NaN. needed_by: whose models have it."""
 
     case: str
+    needed_by: str
     applies: Callable[[BlindRow], bool]
     nan_to_zero: bool
 
 
 # The first that applies decides.
 BLIND_ROWS = (
-    BlindRowRule("the original makes zeros of NaN", lambda row: row.zeroed, True),
-    BlindRowRule("it is hidden by what it was hidden by before", lambda row: not row.hardened, False),
-    BlindRowRule("it keeps a finite mask beside the attributes, or sees itself", lambda row: row.rest_is_finite, False),
-    BlindRowRule("-inf from two sides hides all, where one was finite", lambda _: True, True),
+    BlindRowRule(
+        "the original makes zeros of NaN, or has no -inf",
+        "torch's dynamo exporter (scaled_dot_product_attention), ai.onnx Attention, optimum's floored masks",
+        lambda row: row.zeroed,
+        True,
+    ),
+    BlindRowRule(
+        "it is hidden by what hid it before",
+        "onnxruntime-genai's GroupQueryAttention, masks of -inf",
+        lambda row: not row.hardened,
+        False,
+    ),
+    BlindRowRule(
+        "it keeps a finite mask beside the attributes, or sees itself",
+        "torch's exporters with eager attention: causal and padding in one finite mask",
+        lambda row: row.rest_is_finite,
+        False,
+    ),
+    BlindRowRule(
+        "-inf may hide all of it, where a finite fill kept it finite",
+        "optimum's bloom and t5: a tensor of biases is added beside the mask",
+        lambda _: True,
+        True,
+    ),
 )
 
 
@@ -158,14 +182,11 @@ def _unpadded(prologue: Prologue, tensor: str, new_tokens: tuple[str, int]) -> s
 def _new_tokens(decoder: DecoderGraph, match: Match) -> tuple[str, int] | None:
     """An axis of a graph input, not a cache, that is as long as the new tokens."""
     terms = [(term.tensor, term.layout) for term in match.mask]
-    caches = {cache.input for cache in decoder.caches.values()}
     for tensor, layout in ((match.query.tensor, match.query.layout), *terms):
-        shape, axes = decoder.shapes.shape(tensor), letters(layout)
-        size = None if shape is None or "S" not in axes else shape[axes.index("S")]
-        places = decoder.shapes.sources.get(size.name or "", ()) if isinstance(size, Dim) else ()
-        for place in places:
-            if place.is_size and place.tensor in decoder.graph.inputs and place.tensor not in caches:
-                return place.tensor, place.place
+        axes = letters(layout)
+        place = decoder.on_input(tensor, axes.index("S")) if "S" in axes else None
+        if place is not None:
+            return place
     return None
 
 

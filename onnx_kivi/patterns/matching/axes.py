@@ -7,7 +7,8 @@ the same by each axis. Letters as in `site`.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
 from ...graph import Dim, Node, Shape, divide
 from ..decoder_graph import DecoderGraph
@@ -21,6 +22,41 @@ ORDER = "BKGST"
 UNCOUNTED = {"B", "S", "T", "D"}
 
 Axis = tuple[Atom, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Sign:
+    """What shows that an axis which only the query has is that of the tokens: its size beside that of the new ones.
+
+    needed_by: models that show no other; those of models/zoo show any.
+    """
+
+    meaning: str
+    needed_by: str
+    shows: Callable[[int | Dim, int | Dim | None], bool]
+
+
+TOKENS_SIGNS = (
+    Sign(
+        "as many as there are new tokens",
+        "an Einsum over tokens first (bskgd) with fixed numbers of tokens and of query heads",
+        lambda size, new: size == new,
+    ),
+    Sign(
+        "no fixed number, as query heads have",
+        "inputs that call the same number of tokens by names of their own",
+        lambda size, _: isinstance(size, Dim),
+    ),
+    Sign(
+        "some times a fixed number of new tokens",
+        "query heads folded into the rows of one product, with a fixed number of tokens",
+        lambda size, new: new != 1 and isinstance(_times(size, new), int),
+    ),
+)
+
+
+def _times(size: int | Dim, new: int | Dim | None) -> int | Dim | None:
+    return None if new is None else divide(size, new)
 
 
 def key_letters(product: Contraction, keys: CacheView) -> Letters:
@@ -76,15 +112,10 @@ def _shared(node: Node, axis: Axis, size: int | Dim) -> Axis:
 
 def _rows(node: Node, rows: Mapping[str, int | Dim], new: int | Dim | None) -> dict[str, Axis]:
     """Axes that only the query has: tokens, as many as are `new`, and query heads, or both on one axis."""
-    labels = list(rows)
-    equal = [label for label in labels if rows[label] == new]
-    open_ended = [label for label in labels if isinstance(rows[label], Dim)]
-    groups = {label: None if new is None else divide(rows[label], new) for label in labels}
-    folded = [label for label in labels if isinstance(groups[label], int)]
-    tokens = (equal or open_ended or ([] if new == 1 else folded or labels) or [""])[-1]
+    tokens = _tokens_label(rows, new)
     found: dict[str, Axis] = {}
     for label, size in rows.items():
-        group = groups[label]
+        group = _times(size, new)
         if label != tokens and not isinstance(size, int):
             raise MissError(f"{node}: an axis of {size} that only the query has; expected query heads, a known number")
         if label != tokens:
@@ -94,6 +125,15 @@ def _rows(node: Node, rows: Mapping[str, int | Dim], new: int | Dim | None) -> d
         else:
             found[label] = (Atom("S", size),)
     return found
+
+
+def _tokens_label(rows: Mapping[str, int | Dim], new: int | Dim | None) -> str:
+    """The axis of the tokens, "" if it has size 1: the last of those that show the first sign that any shows."""
+    for sign in TOKENS_SIGNS:
+        labels = [label for label, size in rows.items() if sign.shows(size, new)]
+        if labels:
+            return labels[-1]
+    return ""
 
 
 def followed(decoder: DecoderGraph, nodes: Iterable[Node], start: str, axes: Axes) -> dict[str, Axes]:

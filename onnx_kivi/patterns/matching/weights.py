@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ...graph import Node
 from ..decoder_graph import DecoderGraph
 from ..match import MissError
 from .contraction import PRODUCTS, Contraction, read_contraction
+
+PASSES_WEIGHTS = ("Identity", "Dropout", "Reshape")
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,37 +24,43 @@ class Mixing:
 
 def weights_after(decoder: DecoderGraph, weights: str, sink: str) -> Mixing | None:
     """Walk on from the softmax to the product with the values; None if it leads nowhere, MissError if it forks."""
-    graph, tensor, nodes, nan_to_zero, dropped = decoder.graph, weights, [], False, not sink
-    while True:
-        readers = list(graph.consumers(tensor))
-        guard = _nan_guard(decoder, tensor, readers)
+    tensor, nodes, nan_to_zero, dropped = weights, list[Node](), False, not sink
+    while (readers := decoder.graph.consumers(tensor)) and tensor not in decoder.graph.outputs:
+        guard = _nan_guard(decoder, tensor, list(readers))
         if guard is not None:
-            nodes += guard
-            nan_to_zero, tensor = True, guard[-1].outputs[0]
+            nodes, nan_to_zero, tensor = [*nodes, *guard], True, guard[-1].outputs[0]
             continue
-        readers = [n for n in readers if n.op != "Shape"]
-        if not readers or tensor in graph.outputs:
+        node = _only_reader(tensor, readers)
+        if node is None:
             return None
-        if len(readers) > 1:
-            raise MissError(f"attention weights {tensor!r} are read by {readers[0]} and by {readers[1]}")
-        (node,) = readers
         nodes.append(node)
         if node.op in PRODUCTS:
-            product = read_contraction(decoder, node)
-            if product is None:
-                others = [name for name in node.inputs if name != tensor]
-                raise MissError(f"{node}: expected the values of a cache, got {', '.join(map(repr, others))}")
-            if product.left != tensor or product.factor != 1.0:
-                return None
-            if not dropped:
+            product = _product(decoder, node, tensor)
+            if product is not None and not dropped:
                 raise MissError(f"{node}: the column of the sink logits is not dropped before the values")
-            return Mixing(product, nan_to_zero, tuple(nodes))
-        if node.op in ("Identity", "Dropout", "Reshape") or decoder.is_float_cast(node):
-            tensor = node.outputs[0]
-        elif node.op == "Slice" and not dropped and _drops_last(decoder, node):
-            dropped, tensor = True, node.outputs[0]
-        else:
+            return None if product is None else Mixing(product, nan_to_zero, tuple(nodes))
+        drops = not dropped and node.op == "Slice" and _drops_last(decoder, node)
+        if not drops and node.op not in PASSES_WEIGHTS and not decoder.is_float_cast(node):
             return None
+        dropped, tensor = dropped or drops, node.outputs[0]
+    return None
+
+
+def _only_reader(tensor: str, readers: Sequence[Node]) -> Node | None:
+    """The node that reads the weights' data. Raises MissError if several do."""
+    readers = [node for node in readers if node.op != "Shape"]
+    if len(readers) > 1:
+        raise MissError(f"attention weights {tensor!r} are read by {readers[0]} and by {readers[1]}")
+    return readers[0] if readers else None
+
+
+def _product(decoder: DecoderGraph, node: Node, weights: str) -> Contraction | None:
+    """Weights times values as a node sums them; None for another product. Raises MissError if it reads no cache."""
+    product = read_contraction(decoder, node)
+    if product is None:
+        others = [name for name in node.inputs if name != weights]
+        raise MissError(f"{node}: expected the values of a cache, got {', '.join(map(repr, others))}")
+    return product if product.left == weights and product.factor == 1.0 else None
 
 
 def _nan_guard(decoder: DecoderGraph, tensor: str, readers: list[Node]) -> list[Node] | None:

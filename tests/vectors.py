@@ -59,6 +59,7 @@ def unquantizable_blocks() -> dict[str, FloatArray]:
     for name, value in {"nan": np.nan, "inf": np.inf, "-inf": -np.inf, "1e9": 1e9, "-66000": -66000.0}.items():
         cases[name] = normal(name, 2, 16, 24)
         cases[name][1, 3, 5] = value
+    cases["all-below-float16"] = normal("all-below-float16", 2, 16, 24) - np.float32(1e9)
     return cases
 
 

@@ -36,11 +36,12 @@ static inline void widen_range(Range& range, const float* values, int count) {
 // hold them.
 static inline bool make_params(float lowest, float highest, int bits, uint16_t& lo, uint16_t& scale) {
     lo = half_below(lowest);
+    if (lo == 0xfc00) return false;
     const float step = (highest - half_to_float(lo)) / float((1 << bits) - 1);
     const uint16_t least = 0x0400;
     scale = half_of_magnitude(step, true);
     scale = scale < least ? least : scale;
-    return lo != 0xfc00 && scale != 0x7c00;
+    return scale != 0x7c00;
 }
 
 static inline void make_codes(const float* values, const float* lo, const float* scale, float levels, int count,

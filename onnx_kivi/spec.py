@@ -46,7 +46,7 @@ Element = Literal["float", "int64"]
 
 @dataclass(frozen=True, slots=True)
 class TensorSpec:
-    """One input or output. `shape` holds a letter per dimension; an `optional` one may have size 0 for "none"."""
+    """One input or output. `shape` holds a letter per dimension; an `optional` one of shape (0) is none."""
 
     name: str
     element: Element
@@ -256,7 +256,7 @@ QUANTIZED_KV_SDPA = OpSpec(
             "attn_mask",
             "float",
             ("B", "Hq", "S", "T"),
-            "added to the scores; each dimension is 1 or as given; size 0 = none",
+            "added to the scores; each dimension is 1 or as given; shape (0) = none",
             optional=True,
             broadcast=True,
         ),
@@ -264,7 +264,7 @@ QUANTIZED_KV_SDPA = OpSpec(
             "head_sink",
             "float",
             ("Hq",),
-            "logit of one more softmax column that carries no value; size 0 = none",
+            "logit of one more softmax column that carries no value; shape (0) = none",
             optional=True,
         ),
         TensorSpec("step", "int64", ("1",), "the ticket of this run"),
@@ -287,7 +287,7 @@ def check_shapes(
     """
     for spec in tensors:
         shape = shapes[spec.name]
-        if spec.optional and math.prod(shape) == 0:
+        if spec.optional and shape == (0,):
             continue
         ok = len(shape) == len(spec.shape)
         for letter, size in zip(spec.shape, shape, strict=False):

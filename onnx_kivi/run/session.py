@@ -86,6 +86,9 @@ class Session:
         held. Raises CacheError (or another KiviError) for whatever the op refused, after which the cache is as it was
         before the run.
         """
+        for name, fed in input_feed.items():
+            if fed is None:  # onnxruntime lets it through to the op, where onnxruntime-extensions aborts the process
+                raise CacheError(f"run: {name}: expected an array, got None")
         cache = self.cache if cache is None else cache
         if not cache.run_lock.acquire(blocking=False):
             raise CacheError("run: expected a cache that no other run uses, got one in use; give each thread its own")

@@ -38,6 +38,7 @@ from .interrupts import InterruptGuard
 from .select import get_backend
 
 MOST_PLAUSIBLE_LENGTH = 1 << 20
+MOST_FAILURES = 4096  # a plain session's caller never takes them
 ELEMENTS = {"float": PyCustomOpDef.dt_float, "int64": PyCustomOpDef.dt_int64}
 WIRES = {"int": PyCustomOpDef.dt_int64, "string": PyCustomOpDef.dt_string}
 
@@ -143,6 +144,8 @@ class PythonHost:
             traceback.clear_frames(error.__traceback__)
             if self._failures.get(handle, (NO_STEP, None))[0] != ticket or ticket == NO_STEP:
                 self._failures[handle] = ticket, error
+                if len(self._failures) > MOST_FAILURES:
+                    self._failures.pop(next(iter(self._failures)), None)
                 if isinstance(error, Exception):
                     log.error("%s", _described(error))
         except BaseException as unreportable:

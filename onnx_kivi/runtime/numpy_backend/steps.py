@@ -20,7 +20,10 @@ ROW_OPTIONS = ("kind", "k_bits", "v_bits", "block_tokens", "v_group_size", "resi
 
 @dataclass(slots=True)
 class Step:
-    """What the nodes of one run have appended so far; `error` is set once one of them failed."""
+    """What the nodes of one run have appended so far; `error` says why one of them failed.
+
+    It is text: an exception would hold its traceback, that the caller's frames, and these the cache, for ever.
+    """
 
     ticket: int
     past_length: int
@@ -28,7 +31,7 @@ class Step:
     pending: dict[int, SlotState] = field(default_factory=dict)
     new_tokens: int | None = None
     nodes_done: int = 0
-    error: BaseException | None = None
+    error: str | None = None
 
 
 @dataclass(slots=True)
@@ -66,7 +69,7 @@ class NumpyCache:
         if step is not None and step.ticket == ticket:
             if step.error is None:
                 return step
-            raise CacheError(f"cache {self.handle}: an earlier node of this step failed: {step.error}") from step.error
+            raise CacheError(f"cache {self.handle}: an earlier node of this step failed: {step.error}")
         if step is None and ticket == make_ticket(self.handle, self.sequence) and self.state.step is not None:
             raise CacheError(
                 f"cache {self.handle}: expected {self.state.step.layers} nodes to take this step's ticket, got one "

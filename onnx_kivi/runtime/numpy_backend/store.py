@@ -78,7 +78,7 @@ class NumpyBackend:
                 cache.current_step(ticket)
                 cache.append(step, slot, key.shape[2])
         except BaseException as error:
-            step.error = step.error or error
+            step.error = step.error or str(error) or type(error).__name__
             step.pending.clear()
             raise
         return output

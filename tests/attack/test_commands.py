@@ -52,7 +52,7 @@ def test_a_number_out_of_range_is_refused_in_one_line(
         except SystemExit as stop:
             code = int(stop.code or 0)
         assert code == 2, f"{option}={text}"
-        assert option.strip("-")[:4] in refusal(capsys.readouterr().err), f"{option}={text}"
+        assert option.strip("-")[:4] in refusal(capsys.readouterr().err).replace("_", "-"), f"{option}={text}"
     assert not any(tmp_path.iterdir())
 
 

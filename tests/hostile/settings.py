@@ -36,7 +36,7 @@ def _fields() -> Iterator[Case]:
             yield Case(f"{name} of {word}", config(name, value), f"{name}: expected", ("ConfigError",))
 
 
-LAYERS = {
+LAYERS: dict[str, tuple[Any, ...]] = {
     f"layer_bits of {value!r}": (config("layer_bits", value), "expected", ANY)
     for value in ({0: 8}, {0: (8,)}, {0: (8, 3)}, {0: "88"}, [(0, 8)], "0:8", 3, None, {"a": (8, 8.5)})
 }

@@ -22,7 +22,7 @@ Element = Literal["float", "int64"]
 
 @dataclass(frozen=True, slots=True)
 class TensorSpec:
-    """One input or output. `shape` holds a letter per dimension; an `optional` one may have size 0 for "none"."""
+    """One input or output. `shape` holds a letter per dimension; an `optional` one of shape (0) is none."""
 
     name: str
     element: Element
@@ -188,7 +188,7 @@ def check_shapes(
     """
     for spec in tensors:
         shape = shapes[spec.name]
-        if spec.optional and math.prod(shape) == 0:
+        if spec.optional and shape == (0,):
             continue
         ok = len(shape) == len(spec.shape)
         for letter, size in zip(spec.shape, shape, strict=False):

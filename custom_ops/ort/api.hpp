@@ -58,7 +58,7 @@ inline std::vector<int64_t> take_shape(const OrtApi* api, OrtTensorTypeAndShapeI
     return shape;
 }
 
-// Input `index`; size 0 if it is absent.
+// Input `index`; of shape (0) if it is absent.
 inline TensorView input(const OrtApi* api, const OrtKernelContext* context, std::size_t index) {
     const OrtValue* value = nullptr;
     check(call<KernelContext_GetInput>(api, context, index, &value));

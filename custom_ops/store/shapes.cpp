@@ -54,7 +54,7 @@ const char* letter_name(Letter letter) {
 }
 
 void check_shape(const std::string& where, const TensorSpec& spec, const std::vector<int64_t>& shape, Dims& dims) {
-    if (spec.optional && std::find(shape.begin(), shape.end(), 0) != shape.end()) return;
+    if (spec.optional && shape == std::vector<int64_t>{0}) return;
     bool ok = shape.size() == spec.shape.size();
     for (std::size_t i = 0; i < std::min(shape.size(), spec.shape.size()); ++i) {
         int64_t& bound = dims[spec.shape[i]];

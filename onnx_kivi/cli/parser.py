@@ -222,7 +222,7 @@ def _kernel_bench(parser: argparse.ArgumentParser) -> None:
 
 
 def _host_bench(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--turns", type=int, default=300, metavar="N", help="runs of each host (default 300)")
+    parser.add_argument("--turns", type=TOKENS, default=300, metavar="N", help="runs of each host (default 300)")
 
 
 def _demo(parser: argparse.ArgumentParser) -> None:

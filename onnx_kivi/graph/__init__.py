@@ -12,6 +12,7 @@ from .symbolic.shape_rules import OPEN_END
 from .symbolic.shapes import Shape, Shapes, Source, infer_shapes
 from .text import parse_model
 from .view import Graph, Model, Node
+from .wellformed import check_wellformed
 
 __all__ = [
     "BOOL",
@@ -38,6 +39,7 @@ __all__ = [
     "Source",
     "TooComplexError",
     "apply",
+    "check_wellformed",
     "divide",
     "element_name",
     "fingerprint",

@@ -20,9 +20,9 @@ from ..paths import model_path, open_regular
 from ..spec import DOMAIN
 from ..staging import staged
 from .external import attach, entry, external_tensors, tensors
-from .strings import check_strings
 from .view import Model
 from .weights import bring, move_out
+from .wellformed import check_wellformed
 
 PROTOBUF_LIMIT = (1 << 31) - (1 << 24)
 LARGEST_FILE = 1 << 31
@@ -61,7 +61,7 @@ def _parse(file: Path) -> Model:
     if not model.graph.node:
         raise UnsupportedModelError(f"{file}: expected an ONNX model, got a file without nodes; export it again")
     try:
-        check_strings(model)
+        check_wellformed(model)
     except UnsupportedModelError as error:
         raise UnsupportedModelError(f"{file}: {error}") from None
     return model

@@ -91,6 +91,9 @@ class Session:
         them attends to those held. Raises CacheError (or another KiviError) for whatever the op refused, after which
         every cache is as it was before the run.
         """
+        for name, fed in input_feed.items():
+            if fed is None:  # onnxruntime lets it through to the op, where onnxruntime-extensions aborts the process
+                raise CacheError(f"run: {name}: expected an array, got None")
         caches = self._caches(cache)
         with _locked(caches):
             handles = [c.handle for c in caches]

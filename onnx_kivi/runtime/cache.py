@@ -5,10 +5,10 @@ from __future__ import annotations
 import os
 import threading
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from types import TracebackType
-from typing import Self
+from typing import Self, SupportsIndex
 
 from ..errors import CacheError
 from .backend import Backend
@@ -68,13 +68,13 @@ class Cache:
     def crop(self, length: int | Sequence[int]) -> None:
         """Keep the first `length` tokens of each row (of shorter rows all), or of row b the first length[b].
 
-        Exact unless it cuts a sealed block, whose kept tokens stay rounded. Raises CacheError for a length outside 0 to
-        self.length, and for one whose window shows tokens that were freed.
+        Exact unless it cuts a sealed block, whose kept tokens stay rounded. Raises CacheError for what is no length
+        from 0 to self.length, and for one whose window shows tokens that were freed.
         """
         if isinstance(length, Sequence):
-            self._backend.crop_rows(self.handle, length)
+            self._backend.crop_rows(self.handle, [_int64("crop", each) for each in length])
         else:
-            self._backend.crop(self.handle, length)
+            self._backend.crop(self.handle, _int64("crop", length))
 
     def reset(self) -> None:
         """Drop all tokens; the cache stays with its model."""
@@ -120,7 +120,9 @@ class Cache:
 
         Raises CacheError for an empty cache or a row that doesn't exist.
         """
-        self._backend.reorder(self.handle, [int(i) for i in index])
+        if not isinstance(index, Iterable):
+            raise CacheError(f"reorder: expected a list of row numbers, got {index!r}")
+        self._backend.reorder(self.handle, [_int64("reorder", i) for i in index])
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the cache to one file, under its final name only once complete. Raises CacheError if that fails."""
@@ -148,6 +150,13 @@ class Cache:
             )
         except CacheError:
             return f"<Cache {self.handle} on {self._backend.name}: closed>"
+
+
+def _int64(where: str, value: object) -> int:
+    """An integer that a backend can be told."""
+    if isinstance(value, SupportsIndex) and -(1 << 63) <= value.__index__() < 1 << 63:
+        return value.__index__()
+    raise CacheError(f"{where}: expected an integer of 64 bits, got {value!r}")
 
 
 def _free(backend: Backend, handle: int) -> None:

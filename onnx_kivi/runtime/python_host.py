@@ -43,6 +43,7 @@ from .interrupts import InterruptGuard
 from .select import get_backend
 
 MOST_PLAUSIBLE_LENGTH = 1 << 20
+MOST_FAILURES = 4096  # a plain session's caller never takes them
 ELEMENTS = {"float": PyCustomOpDef.dt_float, "int64": PyCustomOpDef.dt_int64}
 WIRES = {"int": PyCustomOpDef.dt_int64, "string": PyCustomOpDef.dt_string}
 
@@ -175,6 +176,8 @@ class PythonHost:
             told = any(self._failures.get(handle, (NO_STEP, None))[0] == ticket for handle in handles)
             if ticket == NO_STEP or not told:
                 self._failures |= dict.fromkeys(handles, (ticket, error))
+                while len(self._failures) > MOST_FAILURES:
+                    self._failures.pop(next(iter(self._failures)), None)
                 if isinstance(error, Exception):
                     log.error("%s", _described(error))
         except BaseException as unreportable:

@@ -115,9 +115,7 @@ def test_what_never_ends_is_no_input(endless: dict[str, Path], name: str, capsys
         refusal(capsys.readouterr().err)
 
 
-def test_a_tokenizer_or_text_that_never_ends_is_refused(
-    tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_tokenizer_that_never_ends_is_refused(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     fifo(tmp_path / "tokenizer.json")
     assert main(["generate", str(tiny), "--tokenizer", str(tmp_path), "--prompt", "a"]) == 2
     assert "a FIFO" in capsys.readouterr().err

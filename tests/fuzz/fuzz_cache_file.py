@@ -1,4 +1,4 @@
-"""Cache files with a right checksum whose header and arrays lie: refused in a CacheError, or a cache that saves itself.
+"""Cache files with a right checksum that lie: refused in a CacheError, or a cache that saves itself.
 
 Both backends import what is read; each must export it again to the same bytes.
 """

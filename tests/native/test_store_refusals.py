@@ -44,6 +44,16 @@ def test_nodes_of_different_batches_do_not_commit(rng: np.random.Generator) -> N
     assert refusal(use) == "cache _: expected as many rows in each slot, got [1, 8]"
 
 
+def test_a_mask_of_no_tokens_is_not_taken_for_none(rng: np.random.Generator) -> None:
+    key = tokens(rng, 3)
+
+    def use(backend: Backend) -> None:
+        _, ticket = backend.open_step(backend.new_cache(), -1, model(1))
+        backend.attend(ticket, sdpa(0), key, key, key, np.zeros((1, 1, 3, 0), np.float32), NOTHING)
+
+    assert "attn_mask: expected shape" in refusal(use)
+
+
 def test_a_cross_slot_has_as_many_rows_as_the_others(rng: np.random.Generator) -> None:
     two, three = tokens(rng, 9, batch=2), tokens(rng, 9, batch=3)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -219,3 +220,21 @@ def test_session_has_what_an_inference_session_has(open_session: Opener, rewritt
     assert session.get_providers() == ["CPUExecutionProvider"]
     with pytest.raises(AttributeError):
         session.no_such_thing  # noqa: B018
+
+
+@pytest.mark.parametrize("backend", ["numpy", "native"])
+def test_a_cache_whose_run_failed_is_freed_with_its_last_reference(
+    rewritten: Callable[[int], Path], backend: str
+) -> None:
+    try:
+        session = kivi.Session(rewritten(8), host="python", backend=backend)
+    except kivi.BackendUnavailableError as error:
+        pytest.skip(str(error))
+    cache = session.new_cache()
+    with pytest.raises(kivi.CacheError, match="attn_mask") as refusal:
+        session.run(None, feeds(IDS[:, :3], 0) | {"attention_mask": np.ones((1, 2), np.int64)}, cache=cache)
+    handle = cache.handle
+    del cache, refusal
+    gc.collect()
+    with pytest.raises(kivi.CacheError, match="closed"):
+        session.backend.length(handle)

@@ -25,6 +25,8 @@ class Step:
     rows: None where nobody knows how many an empty cache will have. past: tokens of each row, (0,) for an empty cache.
     new: of each row, or one number for all; -1 = all that a node is given. padded: the most new tokens, as the nodes
     get them.
+
+    The error is text: an exception would hold its traceback, that the caller's frames, and these the cache, for ever.
     """
 
     ticket: int
@@ -37,7 +39,7 @@ class Step:
     windows: dict[int, set[int]] = field(default_factory=dict)
     padded: int | None = None
     nodes_done: int = 0
-    error: BaseException | None = None
+    error: str | None = None
 
     def past_of(self, row: int) -> int:
         """Tokens of a row before the step."""

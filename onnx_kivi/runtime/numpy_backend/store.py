@@ -100,7 +100,7 @@ class NumpyBackend:
             with self._current(step):
                 step.note(attributes, rows, key.shape[2])
         except BaseException as error:
-            step.error = step.error or error
+            step.error = step.error or str(error) or type(error).__name__
             step.pending.clear()
             raise
         return output

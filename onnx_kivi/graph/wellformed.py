@@ -1,20 +1,31 @@
-"""Every name in a model is text: protobuf hands out bytes for what is not UTF-8, which nothing here expects."""
+"""Of any model: names are text (protobuf hands out bytes for what is not UTF-8), and arrays have few axes."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sized
 
 import onnx
 
 from ..errors import UnsupportedModelError
-from .view import Model, subgraphs
+from .external import tensors
+from .view import MAX_RANK, Model, subgraphs
 
 
-def check_strings(model: Model) -> None:
-    """Raise UnsupportedModelError unless all names, sizes' names and descriptions of external data are UTF-8."""
+def check_wellformed(model: Model) -> None:
+    """Raise UnsupportedModelError unless all names and descriptions are UTF-8, and no array has too many axes."""
     odd = next((text for text in _strings(model) if not isinstance(text, str)), None)
     if odd is not None:
         raise UnsupportedModelError(f"expected names in UTF-8, got {odd!r}: the model is damaged; export it again")
+    rank = max((len(shape) for shape in _shapes(model)), default=0)
+    if rank > MAX_RANK:
+        raise UnsupportedModelError(f"expected arrays of at most {MAX_RANK} dimensions, got one of {rank}")
+
+
+def _shapes(model: Model) -> Iterator[Sized]:
+    """Of inputs, outputs, values and tensors; a node's own result is inferred from these."""
+    yield from (tensor.dims for tensor in tensors(model))
+    for value in (*model.graph.input, *model.graph.output, *model.graph.value_info):
+        yield value.type.tensor_type.shape.dim
 
 
 def _strings(model: Model) -> Iterator[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from onnx_kivi import spec
 from onnx_kivi.errors import CacheError
-from onnx_kivi.runtime.backend import Backend
+from onnx_kivi.runtime.backend import Backend, make_ticket
 from onnx_kivi.runtime.select import get_backend
 from stepping import NOTHING, assert_same, model, sdpa, tokens
 
@@ -118,6 +119,44 @@ class BothStores(RuleBasedStateMachine):
         if not isinstance(results[0], str) and not np.isnan(key).any() and np.abs(key).max() < 1e6:
             for a, b in zip(*results, strict=True):
                 np.testing.assert_allclose(a, b, rtol=0, atol=ATTENTION_TOLERANCE)
+
+    @rule(data=st.data())
+    def step_of_odd_nodes(self, data: st.DataObject) -> None:
+        """Each node has sizes of its own, zeros among them, and now and then another bit width than its slot."""
+        pair = data.draw(st.sampled_from(self.pairs))
+        usual = (self.rows(pair) or 1, 2, 5, 7)
+        calls = []
+        for node in data.draw(st.lists(st.sampled_from(self.nodes), min_size=1, max_size=4)):
+            odd = data.draw(st.sampled_from([None, None, 0, 1, 2, 3]))
+            sizes = [data.draw(st.integers(0, 3)) if i == odd else size for i, size in enumerate(usual)]
+            batch, heads, k_size, v_size = sizes
+            count = data.draw(st.sampled_from([0, 2, 2, 2, 3]))
+            query = tokens(self.rng, 2, batch=batch, heads=data.draw(st.sampled_from([2, 2, 4, 3, 0])), size=k_size)
+            key = tokens(self.rng, count, batch=batch, heads=heads, size=k_size)
+            value = tokens(self.rng, count, batch=batch, heads=heads, size=v_size)
+            bits = data.draw(st.sampled_from([node.k_bits] * 5 + [8, 32]))
+            calls.append((replace(node, k_bits=bits), query, key, value))
+        layers = data.draw(st.sampled_from([len(calls), 3, 3]))
+
+        def call(backend: Backend, handle: int) -> None:
+            _, ticket = backend.open_step(handle, -1, model(layers))
+            for node, query, key, value in calls:
+                backend.attend(ticket, node, query, key, value, NOTHING, NOTHING)
+
+        self.both(pair, call)
+
+    @precondition(lambda self: len(self.pairs) > 1)
+    @rule(data=st.data())
+    def close(self, data: st.DataObject) -> None:
+        """A closed handle, and one of the other backend, are refused like one that was never given out."""
+        pair = self.pairs.pop(data.draw(st.integers(0, len(self.pairs) - 1)))
+        self.both(pair, lambda backend, handle: backend.close(handle))
+        key = tokens(self.rng, 1, size=5)
+        for wrong in (pair, self.pairs[0][::-1], (0, 0), (-1, -1), (2**30, 2**30)):
+            self.both(wrong, lambda backend, handle: backend.crop(handle, 0))
+            self.both(wrong, lambda backend, handle: backend.reorder(handle, [0]))
+            ticket = make_ticket(wrong[0], 0), make_ticket(wrong[1], 0)
+            self.both(ticket, lambda b, t: b.attend(t, self.nodes[0], key, key, key, NOTHING, NOTHING))
 
     @rule(data=st.data())
     def crop(self, data: st.DataObject) -> None:

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import graphs
 import onnx_kivi as kivi
 from graphs import decoder, replay
 from mask_graphs import FILL, INPUTS, PADDING, PLACES
@@ -112,6 +113,29 @@ def test_lookalikes_stay_tensors_with_the_same_result(name: str, tmp_path: Path)
     (site,) = kivi.inspect(model).sites
     assert (site.is_causal, site.window) == (False, 0)
     assert len(site.mask) == 1
+    for expected, got in replay(model, tmp_path):
+        assert np.abs(got - expected).max() <= ROUNDING * np.ptp(expected)
+
+
+# One key a new token: right behind nothing, and repeated over all keys for a single token; no chunk of them runs.
+REPEATED: dict[str, str] = {
+    "repeated over all": f"""{PLACES} own = Range(zero, s, one) l1 = LessOrEqual(own, q)
+        to = Concat<axis=0>(sn, tn) all = Expand(l1, to) {FILL}""",
+    "beside all": f"""{PLACES} own = Range(zero, s, one) l1 = LessOrEqual(own, q)
+        some = Equal(keys, keys) all = And(some, l1) {FILL}""",
+    "cut where all end": f"""{PLACES} own = Range(zero, s, one) l1 = LessOrEqual(own, q)
+        all = Slice(l1, i(0), tn, i(1)) {FILL}""",
+}
+
+
+@pytest.mark.parametrize("name", REPEATED)
+def test_a_mask_of_new_tokens_alone_is_not_read_as_one_of_all_keys(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(graphs, "STEPS", (5, 1, 1))
+    model = decoder(inputs=INPUTS, mask=REPEATED[name])
+    (site,) = kivi.inspect(model).sites
+    assert (site.is_causal, len(site.mask)) == (False, 1)
     for expected, got in replay(model, tmp_path):
         assert np.abs(got - expected).max() <= ROUNDING * np.ptp(expected)
 

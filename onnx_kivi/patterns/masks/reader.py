@@ -87,9 +87,19 @@ class MaskReader:
         """Input `index` of a broadcasting node as a function of the output's indices."""
         before, after = self._shape(node.inputs[index]), self._shape(node.outputs[0])
         lift = len(after) - len(before)
+        pairs = (pair for shape in self._beside(node) for pair in zip(before[::-1], shape[::-1], strict=False))
+        if any(_falls_short(*pair) for pair in pairs):
+            raise UnreadableError(str(node))
         moved = {axis: affine(0, {axis + lift: 1}) for axis in range(len(before))}
         moved |= {axis: Affine(0) for axis, size in enumerate(before) if size == 1 != after[axis + lift]}
         return composed(self.read(node.inputs[index]), moved)
+
+    def _beside(self, node: Node) -> list[Sequence[int | Dim]]:
+        """The shapes that a broadcasting node brings together."""
+        if node.op != "Expand":
+            return [self._shape(name) for name in node.inputs]
+        to = self._decoder.shapes.value(node.inputs[1])
+        return [self._shape(node.outputs[0]) if to is None else list(to.flat)]
 
     def _same(self, node: Node) -> SymbolicTensor:
         return self.read(node.inputs[0])
@@ -146,6 +156,8 @@ class MaskReader:
         moved = {axis: affine(0, {axis: 1}) for axis in range(rank)}
         for axis, start, end in zip(places, starts.flat, ends.flat, strict=True):
             if not isinstance(start, int) or start < 0 or not _is_long(sizes[axis], end):
+                raise UnreadableError(str(node))
+            if _falls_short(sizes[axis], end):
                 raise UnreadableError(str(node))
             moved[axis] = affine(start, {axis: 1})
         return composed(self.read(node.inputs[0]), moved)
@@ -234,6 +246,12 @@ RULES: Mapping[str, Callable[[MaskReader, Node], SymbolicTensor]] = {
     "Not": MaskReader._negated,
     "Where": MaskReader._where,
 }
+
+
+def _falls_short(size: int | Dim, whole: int | Dim) -> bool:
+    """Whether an axis is never longer than another but at times shorter, as new tokens beside all: one is repeated."""
+    rest = whole - size
+    return isinstance(rest, Dim) and all(count > 0 for _, count in rest.terms)
 
 
 def _is_long(size: int | Dim, end: int | Dim) -> bool:

@@ -239,5 +239,5 @@ def _verify_staged(source: Path, report: Report, model: graph.Model, output: Pat
     """Verify under a temporary name beside the output, so that the name itself is only ever given to a sound model."""
     with staging_folder(output) as folder:
         staged = folder / output.name
-        graph.save(model, staged, temporary=True)
+        graph.save(model, staged, link=True)
         return verify(source, staged, report=report, progress=progress)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import os
 import time
 from collections.abc import Callable
 from functools import partial
@@ -30,7 +29,7 @@ from ..run.tokenizer import Tokenizer, chat
 from ..runtime.hosts import describe
 from ..staging import check_target
 from .folder import RewrittenFolder, is_folder_wanted, only_model, rewrite_folder
-from .rewriting import Request, Rewritten, rewritten
+from .rewriting import Request, Rewritten, check_writable, rewritten
 from .views import (
     bench_view,
     demo_view,
@@ -66,8 +65,6 @@ def rewrite_model(args: argparse.Namespace, progress: Progress) -> Outcome:
     """Rewrite and verify a file or folder; nothing gets the name asked for before all is well."""
     request = Request(_config(args), args.partial, not args.no_verify)
     output = Path(args.output)
-    if not os.access(output.parent, os.W_OK) and output.parent.is_dir():
-        raise ConfigError(f"-o: expected a folder that can be written to, got {output.parent}")
     if is_folder_wanted(args.model, output):
         return _rewrite_folder(Path(args.model), output, request, args.copy_weights, progress)
     return _rewrite_file(model_path(only_model(args.model)), output, request, progress)
@@ -84,6 +81,7 @@ def _rewrite_file(source: Path, output: Path, request: Request, progress: Progre
     if output.is_dir():
         raise ConfigError(f"-o: expected a file to write, got the folder {output}; add a name, such as small.onnx")
     check_target(output)
+    check_writable(output.parent)
     progress("rewriting", 0.0)
     model = graph.load(source)
     done = rewritten(source, model, pipeline.examine(model, cross=request.config.cross), request, output, progress)

@@ -13,13 +13,13 @@ from typing import Any
 from .. import graph
 from ..errors import ConfigError, KiviError, UnsupportedModelError
 from ..measure.verify import Verification
-from ..paths import MODEL_FILE, kind
+from ..paths import MODEL_FILE, kind, tellable
 from ..progress import Progress
 from ..rewrite import pipeline
 from ..rewrite.host_config import CONFIG_FILE, GENAI_FILE, Json, adapt_genai, check_config, genai_section, read_config
 from ..runtime.hosts import library_path
 from ..staging import check_folder_target, place, publish, staged, staging_folder
-from .rewriting import Request, Rewritten, rewritten
+from .rewriting import Request, Rewritten, check_writable, rewritten
 
 MODEL_SUFFIX = ".onnx"
 
@@ -95,8 +95,11 @@ def rewrite_folder(
     Hidden files are left behind. copy_weights: rather than share external weights by hard link. Raises KiviError,
     OSError; whatever happens, `target` is either complete or as it was.
     """
+    parent = Path(os.path.realpath(tellable(target).parent))
+    target = parent / target.name  # of `.` too, which has no name of its own
     _check_apart(source, target)
     check_folder_target(target)
+    check_writable(parent)
     found = _read(source.absolute())
     with staging_folder(target) as outer:
         staged = outer / target.name

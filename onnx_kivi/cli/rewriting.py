@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from .. import graph
 from ..config import KiviConfig
+from ..errors import ConfigError
 from ..measure.verify import Verification, verify
 from ..progress import Progress
 from ..rewrite.pipeline import Findings, carry_out, rewrite
@@ -43,6 +45,12 @@ class Rewritten:
             "removed_outputs": self.report.removed_outputs,
             "verify": self.checked.to_dict() if self.checked else None,
         }
+
+
+def check_writable(folder: Path) -> None:
+    """Raise ConfigError for a folder in which nothing can be written, before the work rather than after it."""
+    if not os.access(folder, os.W_OK):
+        raise ConfigError(f"-o: expected a folder that can be written to, got {folder}")
 
 
 def rewritten(

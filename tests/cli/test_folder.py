@@ -224,7 +224,9 @@ TARGETS: dict[str, tuple[str, Callable[[Path], object] | None, str]] = {
     "a file": ("file", lambda path: path.write_bytes(b"precious"), "got a regular file"),
     "a link": ("link", link, "got a symbolic link"),
     "nowhere": ("absent/out", None, "expected an existing folder"),
-    "unwritable": ("/proc/self/out", None, "expected a folder that can be written to, got /proc/self"),
+    "no text": ("a\udcff", None, "expected a path in UTF-8 and without NUL"),
+    "NUL": ("a\0b", None, "expected a path in UTF-8 and without NUL"),
+    "unwritable": ("/proc/self/out", None, "expected a folder that can be written to, got /proc/"),
 }
 
 
@@ -240,9 +242,13 @@ def test_a_folder_is_written_only_where_nothing_is(source: Path, tmp_path: Path,
     assert held(tmp_path) == before
 
 
-def test_an_empty_folder_may_be_the_target(source: Path, tmp_path: Path, run: Run) -> None:
+@pytest.mark.parametrize("name", ["out", "."])
+def test_an_empty_folder_may_be_the_target(
+    source: Path, tmp_path: Path, run: Run, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "out").mkdir()
-    json_of(run(source, "-o", tmp_path / "out", *QUICK, "--json"))
+    monkeypatch.chdir(tmp_path if name == "out" else tmp_path / "out")
+    json_of(run(source, "-o", name, *QUICK, "--json"))
     assert is_rewritten(tmp_path / "out" / "model.onnx")
 
 

@@ -26,12 +26,18 @@ KINDS = {
 def model_path(model: str | os.PathLike[str]) -> Path:
     """The .onnx file that `model` names: itself, or model.onnx inside it if it is a folder.
 
-    Raises UnsupportedModelError for a path that onnxruntime can't be told: with a NUL, or not in UTF-8.
+    Raises UnsupportedModelError as `tellable` does.
     """
-    path = Path(model)
+    path = tellable(model)
+    return path / MODEL_FILE if path.is_dir() else path
+
+
+def tellable(name: str | os.PathLike[str]) -> Path:
+    """A path. Raises UnsupportedModelError for one that onnxruntime can't be told: with a NUL, or not in UTF-8."""
+    path = Path(name)
     if "\0" in str(path) or not is_utf8(str(path)):
         raise UnsupportedModelError(f"{str(path)!a}: expected a path in UTF-8 and without NUL, as onnxruntime does")
-    return path / MODEL_FILE if path.is_dir() else path
+    return path
 
 
 def source_tree() -> Path | None:

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from glob import escape
 from pathlib import Path
-from stat import S_ISREG
+from stat import S_ISDIR, S_ISREG
 from typing import BinaryIO
 
 from .errors import ConfigError
@@ -60,13 +60,50 @@ def staging_folder(target: Path) -> Iterator[Path]:
         yield path
 
 
+def check_folder_target(target: Path) -> None:
+    """Raise ConfigError unless `target` is an empty folder or a name not in use, in a folder that exists."""
+    if not os.path.lexists(target):
+        check_target(target)
+        return
+    mode = target.lstat().st_mode
+    if not S_ISDIR(mode):
+        raise ConfigError(f"{target}: expected an empty folder, or a name not in use, got {kind(mode)}")
+    if any(target.iterdir()):
+        raise ConfigError(f"{target}: expected an empty folder, or a name not in use, got one with files; delete it")
+
+
+def publish(folder: Path, target: Path) -> None:
+    """Give a folder that is complete its name, as `check_folder_target` allows. Raises OSError."""
+    for held, _, _ in os.walk(folder):
+        _sync(Path(held))
+    folder.replace(target)
+    _sync(target.parent)
+
+
+def place(source: Path, target: Path, *, link: bool) -> None:
+    """Have the content of a file at `target` too, its folder made; with `link` by hard link where that can be."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if link:
+        try:
+            os.link(os.path.realpath(source), target)
+        except OSError:
+            link = False
+    if not link:
+        with staged(target) as out:
+            shutil.copyfile(source, out.name)
+
+
 @contextmanager
 def _claimed(target: Path, make: Callable[[Path], None]) -> Iterator[Path]:
-    """A locked new path beside `target`, removed at the end if it is still there."""
+    """A locked new path beside `target`, removed at the end if it is still there. An OSError says for which target."""
     _sweep(target)
     path, lock = _make_locked(target, make)
     try:
         yield path
+    except OSError as error:
+        if error.errno and error.filename is None:
+            raise OSError(error.errno, error.strerror, str(target)) from error
+        raise
     finally:
         _remove(path)
         os.close(lock)

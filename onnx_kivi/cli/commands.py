@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import os
 import time
-from dataclasses import replace
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,19 +20,20 @@ from ..measure import host_bench as bench_host
 from ..measure import kernel_bench as bench_kernel
 from ..measure import model_bench as bench_model
 from ..measure.perplexity import evaluate
-from ..measure.verify import Verification, verify
+from ..measure.verify import verify
 from ..paths import model_path, read_text
 from ..progress import Progress
-from ..rewrite.pipeline import inspect as inspect_file
-from ..rewrite.pipeline import rewrite
-from ..rewrite.report import Report
+from ..rewrite import pipeline
 from ..run.session import Session, open_stepper
 from ..run.tokenizer import Tokenizer, chat
 from ..runtime.hosts import describe
-from ..staging import check_target, staging_folder
+from ..staging import check_target
+from .folder import RewrittenFolder, is_folder_wanted, only_model, rewrite_folder
+from .rewriting import Request, Rewritten, check_writable, rewritten
 from .views import (
     bench_view,
     demo_view,
+    folder_view,
     generated_view,
     host_bench_view,
     info_view,
@@ -56,41 +57,44 @@ class Outcome:
 def inspect_model(args: argparse.Namespace, progress: Progress) -> Outcome:
     """Sites and misses of a model; succeeds whether or not all of it matches."""
     progress("reading the model", 0.0)
-    report = inspect_file(model_path(args.model), cross=args.cross)
+    report = pipeline.inspect(model_path(args.model), cross=args.cross)
     return Outcome(report.to_dict(), str(report))
 
 
 def rewrite_model(args: argparse.Namespace, progress: Progress) -> Outcome:
-    """Rewrite, verify a staged copy, and only then give the file its name."""
-    config = _config(args)
-    source, output = model_path(args.model), Path(args.output)
+    """Rewrite and verify a file or folder; nothing gets the name asked for before all is well."""
+    request = Request(_config(args), args.partial, not args.no_verify)
+    output = Path(args.output)
+    if is_folder_wanted(args.model, output):
+        return _rewrite_folder(Path(args.model), output, request, args.copy_weights, progress)
+    return _rewrite_file(model_path(only_model(args.model)), output, request, progress)
+
+
+def _rewrite_folder(source: Path, output: Path, request: Request, copy_weights: bool, progress: Progress) -> Outcome:
+    done = rewrite_folder(source, output, request, progress, copy_weights=copy_weights)
+    return _said_of_rewriting(done, output, lambda: folder_view(done, output, _said_of_window(request.config)))
+
+
+def _rewrite_file(source: Path, output: Path, request: Request, progress: Progress) -> Outcome:
     if output.exists() and source.exists() and output.samefile(source):
         raise ConfigError(f"-o: expected another file than the model, got {output}; the original is never overwritten")
     if output.is_dir():
         raise ConfigError(f"-o: expected a file to write, got the folder {output}; add a name, such as small.onnx")
     check_target(output)
-    if not os.access(output.parent, os.W_OK):
-        raise ConfigError(f"-o: expected a folder that can be written to, got {output.parent}")
+    check_writable(output.parent)
     progress("rewriting", 0.0)
-    model, report = rewrite(source, config, partial=args.partial)
-    checked = None
-    if not args.no_verify:
-        # A window changes what the model says, by choice; everything else is verified as if there were none.
-        unwindowed = replace(config, window=0, window_sinks=0)
-        whole = rewrite(source, unwindowed, partial=args.partial)[0] if config.window else model
-        checked = _verify_staged(source, report, whole, output, progress)
-    weights = graph.save(model, output) if checked is None or checked.ok else ()
-    removed_inputs = [name for site in report.sites for name in site.removed_inputs]
-    removed_outputs = [name for site in report.sites for name in site.cache_outputs if name]
-    data = report.to_dict() | {
-        "rewritten": str(output) if checked is None or checked.ok else None,
-        "removed_inputs": removed_inputs,
-        "removed_outputs": removed_outputs,
-        "verify": checked.to_dict() if checked else None,
-    }
-    if checked is not None and not checked.ok:
-        return Outcome(data, verification_view(checked), ok=False, failure=f"nothing written: {checked.reason}")
-    return Outcome(data, rewrite_view(report, [output, *weights], checked, window=_said_of_window(config)))
+    model = graph.load(source)
+    done = rewritten(source, model, pipeline.examine(model, cross=request.config.cross), request, output, progress)
+    weights = () if done.failure else graph.save(model, output)
+    view = partial(rewrite_view, done.report, [output, *weights], done.checked, _said_of_window(request.config))
+    return _said_of_rewriting(done, output, view)
+
+
+def _said_of_rewriting(done: Rewritten | RewrittenFolder, output: Path, view: Callable[[], Any]) -> Outcome:
+    data = done.to_dict() | {"rewritten": None if done.failure else str(output)}
+    if done.failure and done.checked:
+        return Outcome(data, verification_view(done.checked), ok=False, failure=f"nothing written: {done.failure}")
+    return Outcome(data, view())
 
 
 def verify_model(args: argparse.Namespace, progress: Progress) -> Outcome:
@@ -233,11 +237,3 @@ def _said_of_window(config: KiviConfig) -> str | None:
         return None
     seen = f"the last {config.window:,} tokens" + f" and the first {config.window_sinks:,}" * bool(config.window_sinks)
     return f"a query sees {seen}; what it no longer sees is lost (verified without the window)"
-
-
-def _verify_staged(source: Path, report: Report, model: graph.Model, output: Path, progress: Progress) -> Verification:
-    """Verify under a temporary name beside the output, so that the name itself is only ever given to a sound model."""
-    with staging_folder(output) as folder:
-        staged = folder / output.name
-        graph.save(model, staged, temporary=True)
-        return verify(source, staged, report=report, progress=progress)

@@ -63,6 +63,8 @@ def _real(least: float, most: float) -> Callable[[str], float]:
     return read
 
 
+OUTPUT_HELP = "the file to write; or, for a folder, the folder, unless it ends in .onnx"
+COPY_HELP = "a folder gets weights of its own (else hard links to the original's, which onnx.load refuses to read)"
 WINDOW_HELP = "lossy: a query sees the last N tokens only, and the rest is freed (default 0: all)"
 
 COUNT = _whole(0, 1 << 20)
@@ -167,11 +169,12 @@ def _inspect(parser: argparse.ArgumentParser) -> None:
 
 def _rewrite(parser: argparse.ArgumentParser) -> None:
     _model(parser)
-    parser.add_argument("-o", "--output", required=True, metavar="OUT", help="the file to write")
+    parser.add_argument("-o", "--output", required=True, metavar="OUT", help=OUTPUT_HELP)
     _quantization(parser)
     _cross(parser)
     parser.add_argument("--partial", action="store_true", help="rewrite what matches and leave the other caches")
     parser.add_argument("--no-verify", action="store_true", help="write without running original and result")
+    parser.add_argument("--copy-weights", action="store_true", help=COPY_HELP)
 
 
 def _verify(parser: argparse.ArgumentParser) -> None:

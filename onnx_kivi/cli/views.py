@@ -19,6 +19,7 @@ from ..measure.perplexity import Evaluation
 from ..measure.verify import Verification
 from ..rewrite.report import Report
 from ..runtime.cache import Cache
+from .folder import RewrittenFolder
 
 
 def size(count: int) -> str:
@@ -74,6 +75,25 @@ def rewrite_view(
         },
         title="rewrite",
     )
+    return _with_verification(table, checked)
+
+
+def folder_view(done: RewrittenFolder, output: Path, window: str | None) -> Table:
+    """Table of a rewritten folder, with the verification that says most."""
+    table = facts(
+        {
+            "written": output,
+            **{name: f"{len(model.report.sites)} attention sites" for name, model in done.models.items()},
+            "other files": done.copied,
+            "window": window,
+            "verified": None if done.checked else "no (--no-verify)",
+        },
+        title="rewrite",
+    )
+    return _with_verification(table, done.checked)
+
+
+def _with_verification(table: Table, checked: Verification | None) -> Table:
     if checked is not None:
         table.add_section()
         for row in zip(*(column.cells for column in verification_view(checked).columns), strict=True):

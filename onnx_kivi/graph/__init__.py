@@ -3,6 +3,7 @@
 from .build import Builder, FreeNames, HashedNames, Names, NewConstant, NewNode, NewPart, Number
 from .edit import Changes, apply, set_attribute
 from .elements import BOOL, ELEMENT_CODES, FLOATS, INTEGERS, element_name
+from .external import weight_files
 from .files import load, save
 from .fingerprint import fingerprint
 from .schemas import register_schemas
@@ -52,4 +53,5 @@ __all__ = [
     "set_attribute",
     "substitute",
     "symbol",
+    "weight_files",
 ]

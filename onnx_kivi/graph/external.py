@@ -57,6 +57,11 @@ def _sparse(stored: Iterable[onnx.SparseTensorProto]) -> Iterator[onnx.TensorPro
         yield from (tensor.values, tensor.indices)
 
 
+def weight_files(model: Model) -> set[Path]:
+    """The files that hold the external weights of a model that was loaded."""
+    return {external_file(tensor) for tensor in external_tensors(model)}
+
+
 def entry(tensor: onnx.TensorProto, key: str) -> str:
     """A value of a tensor's external data description, "" if absent."""
     return next((e.value for e in tensor.external_data if e.key == key), "")

@@ -67,14 +67,15 @@ def _parse(file: Path) -> Model:
     return model
 
 
-def save(model: Model, path: str | os.PathLike[str], *, temporary: bool = False) -> list[Path]:
+def save(model: Model, path: str | os.PathLike[str], *, link: bool = False) -> list[Path]:
     """Write a model; returns the weight files beside it, which belong to it.
 
     The file gets its name when it is complete; an old one stays whole if anything fails (OSError). `path` is a regular
     file or a name not in use: links, folders and devices are refused (ConfigError).
 
-    temporary: bring external weights by hard link, at no cost; onnx.checker refuses a model with such weights. Raises
-    ConfigError rather than let a rewritten model replace one that is not.
+    link: share external weights by hard link where the file system can, at no cost; onnx.load and onnx.checker refuse a
+    model with such weights, the original too. Raises ConfigError rather than let a rewritten model replace one that is
+    not.
     """
     file = Path(path)
     if is_rewritten(model) and _holds_original(file):
@@ -83,7 +84,7 @@ def save(model: Model, path: str | os.PathLike[str], *, temporary: bool = False)
     try:
         with staged(file) as out:
             shell = onnx.ModelProto()
-            for new in _fill(shell, model, file, temporary):
+            for new in _fill(shell, model, file, link):
                 made.append(new)
             out.write(shell.SerializeToString())
     except BaseException as error:
@@ -95,13 +96,13 @@ def save(model: Model, path: str | os.PathLike[str], *, temporary: bool = False)
     return [file.parent / name for name in sorted({entry(t, "location") for t in external_tensors(shell)})]
 
 
-def _fill(shell: Model, model: Model, file: Path, temporary: bool) -> Iterator[Path]:
+def _fill(shell: Model, model: Model, file: Path, link: bool) -> Iterator[Path]:
     """Make `shell` what is written of `model`, with the weights beside `file`; yields the new files of weights."""
     if sum(len(t.raw_data) for t in tensors(model)) >= PROTOBUF_LIMIT:
         yield from move_out(model, shell, file)
     else:
         shell.CopyFrom(model)
-    yield from bring(shell, file, link=temporary)
+    yield from bring(shell, file, link=link)
 
 
 def _holds_original(file: Path) -> bool:

@@ -9,13 +9,12 @@ from __future__ import annotations
 import filecmp
 import itertools
 import os
-import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import onnx
 
-from ..staging import staged
+from ..staging import place, staged
 from .external import BASE, drop_entry, entry, external_file, external_tensors, set_entry
 from .view import Model
 
@@ -39,7 +38,7 @@ def bring(model: Model, file: Path, *, link: bool) -> Iterator[Path]:
             name, there = _name(file, entry(tensor, "location"), lambda held, s=source: _same(held, s))  # type: ignore[misc]
             placed[source] = name
             if not there:
-                _copy(source, file.parent / name, link)
+                place(source, file.parent / name, link=link)
                 yield file.parent / name
         set_entry(tensor, "location", placed[source])
         drop_entry(tensor, BASE)
@@ -85,18 +84,6 @@ def _name(file: Path, wanted: str, same: Callable[[Path], bool]) -> tuple[str, b
 
 def _same(held: Path, source: Path) -> bool:
     return held.samefile(source) or filecmp.cmp(held, source, shallow=False)
-
-
-def _copy(source: Path, target: Path, link: bool) -> None:
-    target.parent.mkdir(parents=True, exist_ok=True)
-    if link:
-        try:
-            os.link(source, target)
-        except OSError:
-            link = False
-    if not link:
-        with staged(target) as out:
-            shutil.copyfile(source, out.name)
 
 
 def _layout(model: Model) -> Iterator[tuple[int, onnx.TensorProto]]:

@@ -92,7 +92,7 @@ def run(*, bits: int = 8, max_new_tokens: int = 48, progress: Progress = silent)
         checks, paths = [], []
         for b in (DENSE_BITS, bits):
             paths.append(folder / f"{b}-bit.onnx")
-            graph.save(rewrite(built.model, KiviConfig(k_bits=b, v_bits=b))[0], paths[-1], temporary=True)
+            graph.save(rewrite(built.model, KiviConfig(k_bits=b, v_bits=b))[0], paths[-1], link=True)
             checks.append(verify(built.model, paths[-1], report=report, progress=progress))
         progress("generating with both models", 0.0)
         session = Session(paths[-1])

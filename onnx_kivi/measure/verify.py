@@ -115,7 +115,7 @@ def verify(
     with staging_folder(Path(rewritten)) as folder:
         progress("verify: running its 32-bit sibling", 0.4)
         sibling = folder / "model.onnx"
-        save(dense(load(rewritten)), sibling, temporary=True)
+        save(dense(load(rewritten)), sibling, link=True)
         exact = reference.compare(sibling)
     progress("verify: running the rewritten model", 0.7)
     return _judge(exact, reference.compare(rewritten), limit, min(min(a.k_bits, a.v_bits) for a in quantized))

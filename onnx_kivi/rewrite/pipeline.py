@@ -46,10 +46,15 @@ def rewrite(model: ModelOrPath, config: KiviConfig | None = None, *, partial: bo
     config = config or KiviConfig()
     model = _copy(model) if isinstance(model, Model) else load(model)
     findings = examine(model, cross=config.cross)
+    carry_out(findings, model, config, partial=partial)
+    return model, findings.report
+
+
+def carry_out(findings: Findings, model: Model, config: KiviConfig, *, partial: bool = False) -> None:
+    """Rewrite the model that was examined, in place. Raises as `rewrite` does."""
     _require(findings.report, config, partial)
     gone = emit(model, findings.decoder, findings.plan, findings.report, config)
     check(model, gone)
-    return model, findings.report
 
 
 def inspect(model: ModelOrPath, *, cross: bool = False) -> Report:

@@ -8,6 +8,7 @@ from typing import Any
 from ..cache_facts import CacheFacts
 from ..patterns import Miss
 from ..spec import CROSS, SELF
+from .leftovers import NO_CACHE
 from .savings import CONTEXTS, ENCODER_CONTEXTS, savings
 from .site import Site
 
@@ -26,6 +27,21 @@ class Report:
     element: str
     int8_activations: bool = False
     one_length: str = ""
+
+    @property
+    def has_cache(self) -> bool:
+        """Whether the model has a float cache, rewritable or not; false for an encoder, say."""
+        return bool(self.sites or self.misses) and not any(miss.reason == NO_CACHE for miss in self.misses)
+
+    @property
+    def removed_inputs(self) -> list[str]:
+        """The cache inputs that a rewrite takes away."""
+        return [name for site in self.sites for name in site.removed_inputs]
+
+    @property
+    def removed_outputs(self) -> list[str]:
+        """The cache outputs that a rewrite takes away."""
+        return [name for site in self.sites for name in site.cache_outputs if name]
 
     @property
     def cache_facts(self) -> CacheFacts:

@@ -163,16 +163,16 @@ def external_model(folder: Path) -> tuple[Path, bytes]:
     return folder / "model.onnx", content
 
 
-@pytest.mark.parametrize("temporary", [False, True])
-def test_external_weights_stay_external(tmp_path: Path, temporary: bool) -> None:
+@pytest.mark.parametrize("link", [False, True])
+def test_external_weights_stay_external(tmp_path: Path, link: bool) -> None:
     path, content = external_model(tmp_path / "a")
     (tmp_path / "b").mkdir()
     out = tmp_path / "b" / "out.onnx"
     for _ in range(2):  # the second time the weights are there already
-        graph.save(kivi.rewrite(path)[0], out, temporary=temporary)
+        graph.save(kivi.rewrite(path)[0], out, link=link)
     moved = tmp_path / "b" / "weights" / "data.bin"
     assert moved.read_bytes() == content
-    assert moved.samefile(tmp_path / "a" / "weights" / "data.bin") == temporary
+    assert moved.samefile(tmp_path / "a" / "weights" / "data.bin") == link
     assert list(moved.parent.iterdir()) == [moved]
     (tensor,) = (t for t in onnx.load(out, load_external_data=False).graph.initializer if t.name == "big")
     assert {e.key: e.value for e in tensor.external_data} == {
@@ -180,7 +180,7 @@ def test_external_weights_stay_external(tmp_path: Path, temporary: bool) -> None
         "offset": "64",
         "length": "16",
     }
-    if not temporary:
+    if not link:
         onnx.checker.check_model(str(out), full_check=True)
     kivi.Session(out)
 
@@ -199,8 +199,21 @@ def test_weights_are_copied_where_links_are_impossible(tmp_path: Path, monkeypat
     path, content = external_model(tmp_path / "a")
     (tmp_path / "b").mkdir()
     monkeypatch.setattr("os.link", no_link)
-    graph.save(graph.load(path), tmp_path / "b" / "out.onnx", temporary=True)
+    graph.save(graph.load(path), tmp_path / "b" / "out.onnx", link=True)
     assert (tmp_path / "b" / "weights" / "data.bin").read_bytes() == content
+
+
+def test_a_hub_s_linked_weights_are_linked_to_what_they_point_to(tmp_path: Path) -> None:
+    _, content = external_model(tmp_path / "a")
+    snapshot = tmp_path / "snapshot"
+    (snapshot / "weights").mkdir(parents=True)
+    (snapshot / "model.onnx").symlink_to("../a/model.onnx")
+    (snapshot / "weights" / "data.bin").symlink_to("../../a/weights/data.bin")
+    (tmp_path / "far" / "b").mkdir(parents=True)
+    graph.save(kivi.load(snapshot), tmp_path / "far" / "b" / "out.onnx", link=True)
+    moved = tmp_path / "far" / "b" / "weights" / "data.bin"
+    assert moved.read_bytes() == content
+    assert not moved.is_symlink()
 
 
 def test_another_model_s_weight_file_is_left_alone(tmp_path: Path) -> None:

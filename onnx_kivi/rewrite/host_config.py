@@ -1,0 +1,107 @@
+"""What config.json and genai_config.json say of a model: whether that is so, and what genai's says after a rewrite."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Collection, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from ..errors import ConfigError
+from ..paths import read_text
+from .report import Report
+
+CONFIG_FILE = "config.json"
+GENAI_FILE = "genai_config.json"
+LIBRARY_OPTION = "custom_ops_library"
+SIDES = ("inputs", "outputs")
+
+Json = dict[str, Any]
+
+
+def read_config(file: Path) -> Json | None:
+    """The JSON object in a file; None if there is no such file. Raises ConfigError, OSError."""
+    if not file.exists():
+        return None
+    try:
+        config = json.loads(read_text(file))
+    except ValueError as error:
+        raise ConfigError(f"{file}: expected JSON, got something else ({error})") from None
+    if not isinstance(config, dict):
+        raise ConfigError(f"{file}: expected a JSON object, got {type(config).__name__}")
+    return config
+
+
+def check_config(config: Mapping[str, Any], where: str, report: Report) -> None:
+    """Raise ConfigError for a config.json, or genai's `model.decoder`, of fewer layers or other heads than the model.
+
+    Fewer layers in the model are no contradiction, as layers may share a cache or have none; nor are heads that an
+    exporter has repeated.
+    """
+    layers = config.get("num_hidden_layers")
+    held = 1 + max((site.layer for site in report.sites), default=-1)
+    if isinstance(layers, int) and not config.get("is_encoder_decoder") and held > layers:
+        raise ConfigError(_contradiction(where, "num_hidden_layers", layers, held))
+    said = [config.get(key) for key in ("num_key_value_heads", "num_attention_heads")]
+    heads = {site.kv_heads for site in report.sites}
+    if isinstance(said[0], int) and heads and not heads.intersection(said):
+        raise ConfigError(_contradiction(where, "num_key_value_heads", said[0], min(heads)))
+
+
+def genai_section(config: Mapping[str, Any], filename: str) -> Json:
+    """What genai_config.json says of one file; an empty object if nothing. Raises ConfigError for a damaged one."""
+    sections = [section for section in _model(config).values() if isinstance(section, dict)]
+    return next((section for section in sections if section.get("filename") == filename), {})
+
+
+def adapt_genai(config: Mapping[str, Any], names: Mapping[str, Collection[str]], library: str) -> Json:
+    """genai_config.json of a folder in which files were rewritten.
+
+    names: the inputs and outputs of each file that was. library: where the ops are, relative to the folder. Raises
+    ConfigError for a decoder that is none of the files, as a pipeline is, and for operators of others.
+    """
+    model = _model(config)
+    decoder = model.get("decoder")
+    if not isinstance(decoder, dict) or decoder.get("filename") not in names:
+        got = repr(decoder.get("filename")) if isinstance(decoder, dict) else type(decoder).__name__
+        raise ConfigError(
+            f"{GENAI_FILE}: expected model.decoder.filename to be one of {', '.join(names)}, which have the caches, "
+            f"got {got}"
+        )
+    adapted = {
+        key: _section(section, names[section["filename"]], library)
+        if isinstance(section, dict) and section.get("filename") in names
+        else section
+        for key, section in model.items()
+    }
+    return {**config, "model": adapted}
+
+
+def _model(config: Mapping[str, Any]) -> Json:
+    model = config.get("model")
+    if not isinstance(model, dict):
+        raise ConfigError(f"{GENAI_FILE}: expected an object 'model', got {type(model).__name__}")
+    return model
+
+
+def _section(section: Json, names: Collection[str], library: str) -> Json:
+    options = section.get("session_options") or {}
+    if options.get(LIBRARY_OPTION, library) != library:
+        raise ConfigError(
+            f"{GENAI_FILE}: expected no {LIBRARY_OPTION}, of which genai loads one, got {options[LIBRARY_OPTION]!r}"
+        )
+    kept = {key: dict(_live(section[key], names)) for key in SIDES if isinstance(section.get(key), dict)}
+    return {**section, "session_options": {**options, LIBRARY_OPTION: library}, **kept}
+
+
+def _live(entries: Mapping[str, Any], names: Collection[str]) -> Iterator[tuple[str, Any]]:
+    """The entries whose tensors the model still has; %d in a name stands for a layer."""
+    for key, name in entries.items():
+        pattern = re.escape(str(name)).replace("%d", r"\d+")
+        if not isinstance(name, str) or any(re.fullmatch(pattern, held) for held in names):
+            yield key, name
+
+
+def _contradiction(where: str, key: str, said: int, held: int) -> str:
+    return f"{where}: expected {key} to fit the model, which has {held}, got {said}; is it another model's?"

@@ -57,8 +57,21 @@ bool are_parameters(const ArrayView& lo, const ArrayView& scale) {
            });
 }
 
-void check_side(const std::string& where, const SideArrays& side, int64_t bits, const Shape& dense, const Shape& codes,
-                const Shape& parameters) {
+// Whether nothing is written behind the last code of a row of `count` codes.
+bool is_padded_with_zeros(const ArrayView& codes, int64_t count, int64_t bits) {
+    const int used = static_cast<int>(count * bits % 8);
+    if (used == 0) return true;
+    const auto* bytes = static_cast<const unsigned char*>(codes.data);
+    const int64_t row = codes.shape.back();
+    const int64_t end = codes.shape[0] * codes.shape[1] * row;
+    for (int64_t last = row - 1; last < end; last += row) {
+        if (bytes[last] >> used) return false;
+    }
+    return true;
+}
+
+void check_side(const std::string& where, const SideArrays& side, int64_t bits, int64_t count, const Shape& dense,
+                const Shape& codes, const Shape& parameters) {
     if (side.is_dense) return check_array(where, side.dense, dense, FLOAT32);
     if (bits == DENSE_BITS) throw_cache_error(where + ": expected f32, as 32 bits say, got codes");
     check_array(where, side.codes, codes, UINT8);
@@ -67,6 +80,9 @@ void check_side(const std::string& where, const SideArrays& side, int64_t bits, 
     if (!are_parameters(side.lo, side.scale)) {
         throw_cache_error(where + ": expected finite parameters and scales of at least 6.103515625e-05, got others");
     }
+    if (!is_padded_with_zeros(side.codes, count, bits)) {
+        throw_cache_error(where + ": expected zeros behind the last code of each row, got others");
+    }
 }
 
 void check_block(const std::string& where, const RowOptions& options, const BlockArrays& block, const Sizes& sizes) {
@@ -74,9 +90,9 @@ void check_block(const std::string& where, const RowOptions& options, const Bloc
     const int64_t tokens = options.block_tokens;
     const int64_t group = options.v_group_size ? options.v_group_size : sizes.value;
     const int64_t groups = (sizes.value + group - 1) / group;
-    check_side(where + ", key block", block.key, options.k_bits, {sizes.heads, tokens, sizes.key},
+    check_side(where + ", key block", block.key, options.k_bits, tokens, {sizes.heads, tokens, sizes.key},
                {sizes.heads, sizes.key, packed(tokens, options.k_bits)}, {sizes.heads, sizes.key});
-    check_side(where + ", value block", block.value, options.v_bits, {sizes.heads, tokens, sizes.value},
+    check_side(where + ", value block", block.value, options.v_bits, sizes.value, {sizes.heads, tokens, sizes.value},
                {sizes.heads, tokens, packed(sizes.value, options.v_bits)}, {sizes.heads, tokens, groups});
 }
 

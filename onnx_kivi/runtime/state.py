@@ -78,6 +78,7 @@ def _check_block(
         f"{where}, key block",
         block.key,
         attributes.k_bits,
+        size,
         dense=(heads, size, k_head_size),
         codes=(heads, k_head_size, packed_size(size, attributes.k_bits)),
         params=(heads, k_head_size),
@@ -86,6 +87,7 @@ def _check_block(
         f"{where}, value block",
         block.value,
         attributes.v_bits,
+        v_head_size,
         dense=(heads, size, v_head_size),
         codes=(heads, size, packed_size(v_head_size, attributes.v_bits)),
         params=(heads, size, groups),
@@ -96,6 +98,7 @@ def _check_side(
     where: str,
     side: QuantizedBlock | FloatArray,
     bits: int,
+    count: int,
     *,
     dense: tuple[int, ...],
     codes: tuple[int, ...],
@@ -111,6 +114,8 @@ def _check_side(
     _check_array(where, side.scale, params, np.float16)
     if not (np.isfinite(side.lo).all() and np.isfinite(side.scale).all() and (side.scale >= SMALLEST_SCALE).all()):
         raise CacheError(f"{where}: expected finite parameters and scales of at least {SMALLEST_SCALE}, got others")
+    if (used := count * bits % 8) and (side.codes[..., -1] >> used).any():
+        raise CacheError(f"{where}: expected zeros behind the last code of each row, got others")
 
 
 def _check_array(where: str, array: object, shape: tuple[int, ...], dtype: type) -> None:

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from onnx_kivi.errors import CacheError
 from onnx_kivi.runtime.backend import BlockState, CacheState, DenseState, QuantizedBlock, RowState
 from onnx_kivi.runtime.select import get_backend
-from stepping import assert_same, assert_sealed, filled, sdpa
+from stepping import assert_same, assert_sealed, filled, run, sdpa, tokens
 
 pytest.importorskip("onnx_kivi._native", reason="nothing is compiled here", exc_type=ImportError)
 
@@ -217,3 +217,23 @@ for path in sys.argv[1:]:
 """
     files = [str(tmp_path / f"{i}.kv") for i in range(len(states))]
     subprocess.run([sys.executable, "-c", code, *files], check=True, timeout=60)
+
+
+@pytest.mark.parametrize(("side", "bits"), [("key", 2), ("key", 4), ("value", 2), ("value", 4)])
+def test_what_stands_behind_the_last_code_must_be_zeros(rng: np.random.Generator, side: str, bits: int) -> None:
+    backend = get_backend("numpy")
+    node = sdpa(0, k_bits=bits, v_bits=bits, block_tokens=5, residual_length=2)
+    handle = backend.new_cache()
+    key = tokens(rng, 14, size=7)
+    run(backend, handle, [node], key, key)
+    assert_sealed(backend, handle)
+    state = backend.export_state(handle)
+    row = state.slots[0].rows[0]
+    block = row.blocks[0]
+    packed: QuantizedBlock = getattr(block, side)
+    codes = packed.codes.copy()
+    codes[0, 0, -1] |= 0x80
+    changed_block = replace(block, **{side: replace(packed, codes=codes)})
+    lie = with_rows(state, replace(row, blocks=(changed_block, *row.blocks[1:])))
+    assert "expected zeros behind the last code of each row" in refusal(lie)
+    assert_same(state, outcome("native", state))  # type: ignore[arg-type]

@@ -108,7 +108,7 @@ class BothStores(RuleBasedStateMachine):
             except CacheError as error:
                 results.append(re.sub(r"cache \d+", "cache _", str(error)))
         if isinstance(results[0], str) or isinstance(results[1], str):
-            assert results[0] == results[1]
+            assert results[0] == results[1], results
             self.seen.add(re.sub(r"\d+", "_", results[0]).split(", got")[0])
         return results
 

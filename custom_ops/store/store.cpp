@@ -228,15 +228,13 @@ std::pair<std::vector<int64_t>, int64_t> open_rows(std::vector<int64_t> handles,
 void attend(int64_t ticket, const SdpaAttributes& attributes, const Call& call, Scheduler& scheduler) {
     const std::shared_ptr<Step> step = find_step(ticket);
     const int64_t given = call.key.shape.size() == 4 ? call.key.shape[2] : 0;
+    std::optional<Current> current(std::in_place, *step);
     try {
-        Held held;
-        {
-            const Current current(*step);
-            held = step->held(attributes);
-        }
+        Held held = step->held(attributes);
+        current.reset();
         Slot after = attend_node(*step, attributes, held, call, scheduler);
         held = {};  // so that a commit leaves the rows with one holder
-        const Current current(*step);
+        current.emplace(*step);
         step->note(attributes, given, std::move(after));
     } catch (const std::exception& error) {
         step->fail(error.what());

@@ -72,6 +72,12 @@ int main(void) {
     if (kivi_free_cache(a) != 0 || kivi_free_cache(a) != -1) return 2;
     if (strstr(kivi_last_error(), "expected an open handle") == 0) return 3;
     if (kivi_crop_cache(b, 1) != -1 || kivi_cache_sealed_tokens(b) != 0) return 4;
+    int64_t row = 0, lengths[1] = {7};
+    if (kivi_cache_lengths(b, lengths, 1) != 0 || lengths[0] != 7 || kivi_cache_shared_nbytes(b) != 0) return 5;
+    if (kivi_gather_rows(&b, &row, 1) != -1 || strstr(kivi_last_error(), "that holds tokens") == 0) return 6;
+    if (kivi_crop_rows(b, lengths, 1) != -1 || strstr(kivi_last_error(), "expected 0 lengths") == 0) return 7;
+    if (kivi_crop_rows(b, lengths, 0) != 0 || kivi_reset_cache(b) != 0) return 8;
+    if (kivi_reorder_cache(b, &row, 1) != -1) return 9;
     printf("%s\\n", kivi_isa());
     return 0;
 }

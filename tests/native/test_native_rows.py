@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ from onnx_kivi import spec
 from onnx_kivi.errors import CacheError, ConfigError, KiviError, SpecMismatchError
 from onnx_kivi.runtime.select import get_backend
 from onnx_kivi.spec_types import OpSpec
-from stepping import assert_same, assert_sealed, sdpa, tokens
+from stepping import assert_same, assert_sealed, filled, sdpa, tokens
 
 native = pytest.importorskip("onnx_kivi.runtime.native", reason="nothing is compiled here", exc_type=ImportError)
 
@@ -173,6 +174,24 @@ def test_ops_that_are_only_specified_are_refused_by_name_when_the_model_loads(op
     error = native.error_from(caught.value)
     assert isinstance(error, SpecMismatchError)
     assert f"{op.name}: expected an op that this version of onnx_kivi serves" in str(error)
+
+
+def test_the_c_functions_move_and_cut_rows(rng: np.random.Generator) -> None:
+    library, backend = ctypes.CDLL(native.library_path()), get_backend("native")
+    numbers = ctypes.c_int64 * 3
+    for name in ("kivi_gather_rows", "kivi_cache_lengths", "kivi_cache_shared_nbytes"):
+        getattr(library, name).restype = ctypes.c_int64
+    first, second = (filled(backend, rng, count, NODES) for count in (9, 5))
+    rows = numbers(first, second, first)
+    joined = ctypes.c_int64(library.kivi_gather_rows(rows, numbers(0, 0, 0), ctypes.c_int64(3)))
+    lengths = numbers()
+    assert library.kivi_cache_lengths(joined, lengths, ctypes.c_int64(2)) == 3
+    assert list(lengths) == [9, 5, 0]
+    assert library.kivi_cache_shared_nbytes(joined) == backend.nbytes(joined.value)
+    assert library.kivi_crop_rows(joined, numbers(9, 2, 7), ctypes.c_int64(3)) == 0
+    assert library.kivi_reorder_cache(joined, numbers(2, 1), ctypes.c_int64(2)) == 0
+    assert backend.lengths(joined.value) == (7, 2)
+    assert library.kivi_gather_rows(rows, numbers(0, 1, 0), ctypes.c_int64(3)) == -1
 
 
 def test_a_window_frees_the_blocks_that_it_hides(rng: np.random.Generator) -> None:

@@ -165,6 +165,21 @@ def test_a_run_of_which_nodes_are_missing_is_told_at_the_next_step(rng: np.rando
     )
 
 
+def test_a_stale_node_does_not_pass_for_one_that_failed(rng: np.random.Generator) -> None:
+    two = tokens(rng, 9, batch=2)
+
+    def use(backend: Backend) -> None:
+        first, second = backend.new_cache(), backend.new_cache()
+        _, ticket = backend.open_rows([first, second], [-1], [-1], model(2))
+        backend.attend(ticket, sdpa(0), two, two, two, NOTHING, NOTHING)
+        backend.reset(first)
+        with pytest.raises(CacheError, match="got a stale one"):
+            backend.attend(ticket, sdpa(1), two, two, two, NOTHING, NOTHING)
+        backend.open_step(second, -1, model(2))
+
+    assert refusal(use).startswith("cache _: expected the last run to end, but 1 of 2 nodes ran")
+
+
 def test_after_that_the_cache_takes_whole_runs(backend: Backend, rng: np.random.Generator) -> None:
     nodes, key = [sdpa(slot) for slot in range(3)], tokens(rng, 9)
     handle = backend.new_cache()

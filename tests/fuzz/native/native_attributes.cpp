@@ -12,7 +12,7 @@ namespace {
 template <class Attributes>
 bool fill(fuzz::Input& input, Attributes& attributes) {
     try {
-        Attributes::fields(attributes, [&](const char* name, auto& member) {
+        Attributes::fields(attributes, LAST_VERSION, [&](const char* name, auto& member) {
             using Member = std::remove_reference_t<decltype(member)>;
             if (input.byte() % 4 == 0) return;  // as it is by default
             if constexpr (std::is_same_v<Member, double>) {

@@ -60,6 +60,9 @@ SdpaAttributes attributes_of(fuzz::Input& input, int64_t slot) {
     a.row.v_group_size = input.below(9);
     a.row.residual_length = input.below(5);
     a.row.sink_length = input.below(4);
+    a.window = input.below(3) == 0 ? 1 + input.below(20) : 0;
+    a.evict = a.window > 0 && !a.row.is_cross();
+    a.spec_version = LAST_VERSION;
     return a;
 }
 
@@ -79,8 +82,10 @@ SideArrays side_of(fuzz::Input& input, Arrays& arrays, int64_t bits, std::vector
 
 RowArrays row_of(fuzz::Input& input, Arrays& arrays, const RowOptions& options, const Sizes& sizes, int64_t sinks,
                  int64_t blocks, int64_t residual) {
+    const int64_t freed = input.below(4) ? 0 : input.below(8) ? input.below(5) * options.block_tokens : input.number();
     RowArrays row{arrays.make("float32", {sizes.heads, sinks, sizes.key}),
                   arrays.make("float32", {sizes.heads, sinks, sizes.value}),
+                  freed,
                   {},
                   arrays.make("float32", {sizes.heads, residual, sizes.key}),
                   arrays.make("float32", {sizes.heads, residual, sizes.value})};
@@ -98,7 +103,7 @@ RowArrays row_of(fuzz::Input& input, Arrays& arrays, const RowOptions& options, 
 StateArrays state_of(fuzz::Input& input, Arrays& arrays) {
     StateArrays state;
     const int64_t slots = input.below(4), rows = input.below(4);
-    if (input.below(16) != 0) state.step = StepAttributes{"fuzz", std::max<int64_t>(slots, 1), SPEC_VERSION};
+    if (input.below(16) != 0) state.step = StepAttributes{"fuzz", std::max<int64_t>(slots, 1), "", LAST_VERSION};
     const int64_t blocks = input.below(4);
     for (int64_t i = 0; i < slots; ++i) {
         SlotArrays slot{attributes_of(input, input.below(16) ? i : input.number() & 7), {}};
@@ -108,22 +113,26 @@ StateArrays state_of(fuzz::Input& input, Arrays& arrays) {
         for (int64_t r = input.below(16) ? 0 : input.below(2); r < rows; ++r) {
             slot.rows.push_back(row_of(input, arrays, slot.attributes.row, sizes, sinks, blocks, residual));
         }
-        state.length = sinks + residual + blocks * slot.attributes.row.block_tokens;
+        state.lengths.clear();
+        for (const RowArrays& row : slot.rows) {
+            state.lengths.push_back(sinks + residual + blocks * slot.attributes.row.block_tokens +
+                                    row.freed % (int64_t{1} << 40));
+        }
         state.slots.push_back(std::move(slot));
     }
-    if (input.below(16) == 0) state.length = input.number();
+    if (input.below(16) == 0) state.lengths.push_back(input.number());
     return state;
 }
 
 // One run of the model on the cache: a token for each slot, or none for those that are cross.
-void run(int64_t handle, const Snapshot& state) {
-    const int64_t ticket = open_step(handle, COMMITTED_LENGTH, *state.step, true).second;
+void run(int64_t handle, const State& state) {
+    const int64_t ticket = open_rows({handle}, {COMMITTED_LENGTH}, {ALL_NEW}, *state.step, true).second;
     Serial serial;
     for (const auto& [index, slot] : state.slots) {
         if (slot.rows.empty()) return;
-        const SlotShape& shape = slot.layout.blocks.shape;
+        const SlotShape& shape = slot.layout->blocks.shape;
         const auto rows = static_cast<int64_t>(slot.rows.size());
-        const int64_t count = slot.attributes.row.is_cross() ? 0 : 1, heads = shape.kv_heads;
+        const int64_t count = slot.attributes->row.is_cross() ? 0 : 1, heads = shape.kv_heads;
         const std::vector<float> numbers(static_cast<std::size_t>(rows * heads * (shape.k_size + shape.v_size)), 0.5F);
         std::vector<float> output(static_cast<std::size_t>(rows * heads * shape.v_size));
         const Call call{{numbers.data(), {rows, heads, 1, shape.k_size}},
@@ -132,20 +141,20 @@ void run(int64_t handle, const Snapshot& state) {
                         {nullptr, {0}},
                         {nullptr, {0}},
                         output.data()};
-        attend(ticket, slot.attributes, call, serial);
+        attend(ticket, *slot.attributes, call, serial);
     }
 }
 
 // What is read when a cache is saved.
-void export_all(const Snapshot& state) {
+void export_all(const State& state) {
     for (const auto& [index, slot] : state.slots) {
-        const SlotShape& shape = slot.layout.blocks.shape;
+        const SlotShape& shape = slot.layout->blocks.shape;
         for (const Row& row : slot.rows) {
-            const int64_t tokens = std::max(row.sink_tokens(slot.layout), row.residual_tokens(slot.layout));
+            const int64_t tokens = std::max(row.sink_tokens(*slot.layout), row.residual_tokens(*slot.layout));
             std::vector<float> key(static_cast<std::size_t>(shape.kv_heads * tokens * shape.k_size));
             std::vector<float> value(static_cast<std::size_t>(shape.kv_heads * tokens * shape.v_size));
-            export_sinks(slot.layout, row, {key.data(), value.data(), row.sink_tokens(slot.layout)});
-            export_residual(slot.layout, row, {key.data(), value.data(), row.residual_tokens(slot.layout)});
+            export_sinks(*slot.layout, row, {key.data(), value.data(), row.sink_tokens(*slot.layout)});
+            export_residual(*slot.layout, row, {key.data(), value.data(), row.residual_tokens(*slot.layout)});
         }
     }
 }
@@ -162,8 +171,8 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, std::size_t size) {
     } catch (const Error&) {
         return 0;
     }
-    const Snapshot held = cache_snapshot(handle);
-    if (held.length != state.length || nbytes(held) < 0 || sealed_tokens(held) > held.length + (1 << 20)) {
+    const State held = cache_state(handle);
+    if (held.lengths != state.lengths || nbytes(held) < 0) {
         __builtin_trap();
     }
     export_all(held);
@@ -171,6 +180,7 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, std::size_t size) {
         if (held.step) run(handle, held);
         crop_cache(handle, cache_length(handle) / 2);
         reorder_cache(handle, {0, 0});
+        close_cache(gather_rows({{handle, 1}, {handle, 0}}));
     } catch (const Error&) {
     }
     close_cache(handle);

@@ -99,7 +99,8 @@ class CacheLife(RuleBasedStateMachine):
         try:
             past, ticket = self.backend.open_rows(handles, keep if rewind else [-1], list(map(len, new)), MODEL)
         except CacheError as error:
-            assert rewind and "has freed the tokens" in str(error)
+            if not rewind or "has freed the tokens" not in str(error):
+                raise
             return
         assert past == tuple(keep) if any(keep) else not any(past)
         for node in data.draw(st.permutations(range(len(NODES)))):
@@ -141,7 +142,8 @@ class CacheLife(RuleBasedStateMachine):
             else:
                 self.backend.crop(handle, least)
         except CacheError as error:
-            assert "has freed the tokens" in str(error)
+            if "has freed the tokens" not in str(error):
+                raise
             assert any(n < len(row) for n, row in zip(lengths, rows, strict=True))
         else:
             self.keep(handle, [row[:n] for row, n in zip(rows, lengths, strict=True)])

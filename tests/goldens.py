@@ -48,9 +48,9 @@ def changed(path: Path) -> str:
     """What to do about a golden file that would not be written so any more."""
     return (
         f"{path.relative_to(GOLDEN.parent)}: expected what this version has always written, got something else, and "
-        "users hold files that were written so. Undo the change; or, if it is meant, make it part of a new version of the "
-        "spec (VERSIONS: ops, codes, rewritten models) or of cache files (FORMAT_VERSIONS), say in CHANGELOG.md what "
-        "becomes of old files, and leave this one as it is"
+        "users hold files that were written so. Undo the change; or, if it is meant, make it part of a new version of "
+        "the spec (VERSIONS: ops, codes, rewritten models) or of cache files (FORMAT_VERSIONS), say in CHANGELOG.md "
+        "what becomes of old files, and leave this one as it is"
     )
 
 

@@ -1,7 +1,7 @@
-"""Golden files: what each version of the op and of the cache format wrote, to be written the same for ever.
+"""Golden files: what a released version of the ops and of the cache format writes, to be written the same for ever.
 
-`python tests/goldens.py` adds the files that are missing and refuses to change one that is there. The tests of
-tests/golden hold NumPy, the native core and the rewriter to them.
+`python tests/goldens.py` adds the files that are missing and changes none that is there. Tests hold NumPy, the native
+core and the rewriter to them.
 """
 
 from __future__ import annotations
@@ -48,9 +48,9 @@ def changed(path: Path) -> str:
     """What to do about a golden file that would not be written so any more."""
     return (
         f"{path.relative_to(GOLDEN.parent)}: expected what this version has always written, got something else, and "
-        "users hold files that were written so. Undo the change; or, if it is meant, raise SPEC_VERSION (ops, codes, "
-        "rewritten models) or FORMAT_VERSION (cache files), say in CHANGELOG.md what becomes of old files, and run "
-        "python tests/goldens.py, which adds the new version's files"
+        "users hold files that were written so. Undo the change; or, if it is meant, make it part of a new version of "
+        "the spec (VERSIONS: ops, codes, rewritten models) or of cache files (FORMAT_VERSIONS), say in CHANGELOG.md "
+        "what becomes of old files, and leave this one as it is"
     )
 
 

@@ -211,13 +211,14 @@ class NumpyBackend:
             return make_ticket(next(self._handles), 0)
 
     def _step(self, ticket: int) -> Step:
-        """The step of this ticket; one over several caches may be stale. Raises CacheError."""
+        """The open step of this ticket, of which no node has failed. Raises CacheError."""
         handle = ticket_handle(ticket)
         step = self._wide_steps.get(handle)
         if step is None:
             with self._open(handle) as (cache,):
-                return _own_step(cache, ticket)
-        return step
+                step = _own_step(cache, ticket)
+        with self._current(step):
+            return step
 
     @contextmanager
     def _current(self, step: Step) -> Iterator[None]:

@@ -50,6 +50,27 @@ class Node:
                 return value.decode(errors="replace") if isinstance(value, bytes) else value
         return default
 
+    def whole(self, name: str, default: int | None = None) -> int:
+        """Value of an integer attribute. Raises UnsupportedModelError for another type, or none without a default."""
+        value = self.attr(name, default)
+        if not isinstance(value, int):
+            raise UnsupportedModelError(f"{self}: attribute {name!r}: expected an integer, got {value!r}")
+        return value
+
+    def count(self, name: str) -> int:
+        """Value of an attribute that counts heads, say. Raises UnsupportedModelError unless it is 1 or more."""
+        value = self.whole(name)
+        if value < 1:
+            raise UnsupportedModelError(f"{self}: attribute {name!r}: expected 1 or more, got {value}")
+        return value
+
+    def real(self, name: str, default: float) -> float:
+        """Value of a float attribute. Raises UnsupportedModelError for another type."""
+        value = self.attr(name, default)
+        if not isinstance(value, float):
+            raise UnsupportedModelError(f"{self}: attribute {name!r}: expected a float, got {value!r}")
+        return value
+
     def __str__(self) -> str:
         return f"{self.op} {self.name!r}"
 

@@ -11,6 +11,7 @@ from types import TracebackType
 from typing import Self, SupportsIndex
 
 from ..errors import CacheError
+from ..spec_types import MAX_SIZE
 from .backend import Backend
 from .cache_file import load_state, save_state
 
@@ -86,12 +87,12 @@ class Cache:
 
     def select(self, rows: Sequence[int]) -> Cache:
         """An independent copy of these rows, in this order; rows may be repeated. Raises CacheError as `reorder`."""
-        return self._gather([(self.handle, int(row)) for row in rows])
+        return self._gather([(self.handle, _int64("select", row)) for row in rows])
 
     def repeat(self, times: int) -> Cache:
         """An independent copy with each row `times` times in a row, as for beams. Raises CacheError."""
-        if times < 1:
-            raise CacheError(f"repeat: expected at least 1 time, got {times}")
+        if not 1 <= _int64("repeat", times) <= MAX_SIZE:
+            raise CacheError(f"repeat: expected 1 to {MAX_SIZE} times, got {times}")
         return self.select([row for row in range(len(self.lengths)) for _ in range(times)])
 
     def split(self) -> list[Cache]:

@@ -117,7 +117,8 @@ class PythonHost:
         lengths: list[int] = [COMMITTED_LENGTH]
         try:
             self._interrupts.check()
-            handles, lengths, new = (*(_numbers(op, array) for array in inputs), [ALL_NEW])[:3]
+            handles = _numbers(op, inputs[0])  # known before the rest is read, which may be what is wrong
+            lengths, new = (*(_numbers(op, array) for array in inputs[1:]), [ALL_NEW])[:2]
             attributes = _step_attributes(tuple(wire.items()))
             past, ticket = self._backend(handles[0]).open_rows(handles, lengths, new, attributes)
             for handle in (*handles, *self._backend(ticket_handle(ticket)).members(ticket)):
@@ -155,7 +156,7 @@ class PythonHost:
         return _Output(_nan(query, value))
 
     def _has_failed(self, ticket: int) -> bool:
-        return any(failed == ticket for failed, _ in self._failures.values()) if self._failures else False
+        return any(failed == ticket for failed, _ in tuple(self._failures.values())) if self._failures else False
 
     def _members(self, ticket: int) -> Sequence[int]:
         """Handles of the caches of a step, as far as they can be told."""

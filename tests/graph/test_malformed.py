@@ -11,6 +11,7 @@ from onnx import AttributeProto, NodeProto, TensorProto, helper
 
 import onnx_kivi as kivi
 from graphs import decoder
+from zoo import MODELS
 
 
 def without_inputs(node: NodeProto) -> None:
@@ -98,3 +99,22 @@ def test_constants_of_any_kind_are_read_over(tensor: TensorProto) -> None:
 )
 def test_values_that_make_no_sense_are_unknown(guard: str) -> None:
     assert len(kivi.inspect(decoder(guard=guard)).sites) == 1
+
+
+CONTRIB = {
+    "genai-fp32/llama": ("GroupQueryAttention", "kv_num_heads"),
+    "ortopt-optimum/whisper/decoder_with_past_model": ("MultiHeadAttention", "num_heads"),
+}
+
+
+@pytest.mark.parametrize("name", CONTRIB)
+@pytest.mark.parametrize("value", [None, "8", 0, -1, 1.5], ids=str)
+def test_attributes_that_no_schema_holds_are_checked_where_they_are_read(name: str, value: object) -> None:
+    op, attribute = CONTRIB[name]
+    model = onnx.load(MODELS[name])
+    node = next(n for n in model.graph.node if n.op_type == op)
+    node.attribute.remove(next(a for a in node.attribute if a.name == attribute))
+    if value is not None:
+        node.attribute.append(helper.make_attribute(attribute, value))
+    with pytest.raises(kivi.UnsupportedModelError, match=f"{attribute}.: expected (an integer|1 or more), got"):
+        kivi.inspect(model)

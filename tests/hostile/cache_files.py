@@ -30,15 +30,18 @@ LIES: dict[str, Callable[[Any], Any]] = {
     "itself as text": lambda old: str(old) if isinstance(old, int) else [old],
 }
 FIELDS = {
-    "": ("length", "slots", "step"),
-    "step": ("model_id", "layers", "spec_version"),
+    "": ("lengths", "slots", "step"),
+    "lengths": ("0",),
+    "step": ("model_id", "layers", "one_length", "spec_version"),
     "slots.0": ("attributes", "rows"),
     "slots.0.attributes": (
         *("slot", "kind", "k_bits", "v_bits", "block_tokens", "v_group_size", "residual_length", "sink_length"),
         *("scale", "softcap", "is_causal", "window", "nan_to_zero", "spec_version"),
     ),
     "slots.0.rows": ("0",),
-    "slots.0.rows.0": ("heads", "k_head_size", "v_head_size", "sinks", "residual", "blocks"),
+    "slots.0.rows.0": ("heads", "k_head_size", "v_head_size", "segments"),
+    "slots.0.rows.0.segments": ("0", "1", "2"),
+    **{f"slots.0.rows.0.segments.{i}": ("0", "1") for i in range(3)},
 }
 
 

@@ -258,7 +258,7 @@ def test_caches_are_joined_split_selected_and_repeated(backend: Backend, rng: Ra
             assert two.lengths == (9, 4)
         refused: list[tuple[Callable[[], Cache], str]] = [
             (lambda: cache.select([2]), "row number"),
-            (lambda: cache.repeat(0), "at least 1 time"),
+            (lambda: cache.repeat(0), "1 to 65536 times"),
             (lambda: Cache.join([]), "at least one cache"),
             (lambda: Cache.join([cache, Cache(backend, backend.new_cache())]), "an empty one"),
         ]

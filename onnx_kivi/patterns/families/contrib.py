@@ -40,7 +40,7 @@ def joined_cache(decoder: DecoderGraph, node: Node, past: int, present: int) -> 
 
 def contrib_scale(node: Node, head_size: int | None) -> float:
     """The attribute, where 0 or none stands for 1 / sqrt(head size)."""
-    scale = float(node.attr("scale", 0.0))
+    scale = node.real("scale", 0.0)
     if scale == 0.0 and head_size is None:
         raise MissError(f"{node.op}: no scale, and the head size it follows from is not known")
     return scale or 1 / math.sqrt(float(head_size or 1))
@@ -51,7 +51,7 @@ def padding_mask(decoder: DecoderGraph, prologue: Prologue, node: Node, mask: st
 
     batch_of: a tensor whose first axis is B. Raises MissError for other forms.
     """
-    fill = float(node.attr("mask_filter_value", DEFAULT_FILL))
+    fill = node.real("mask_filter_value", DEFAULT_FILL)
     sizes, batch = decoder.shapes.shape(mask), (decoder.shapes.shape(batch_of) or (None,))[0]
     if sizes is not None and len(sizes) in (2, 3):
         seen = prologue.node("Greater", prologue.cast(mask, "int64"), prologue.ints(0))

@@ -45,9 +45,9 @@ def match(decoder: DecoderGraph, node: Node) -> Match | None:
     refuse(node, REFUSED_INPUTS, {3: "the scores"})
     if not node.attr("causal", 1):
         raise MissError("causal=0: expected new tokens to see those before them only")
-    q_heads, kv_heads = int(node.attr("num_heads")), int(node.attr("kv_num_heads"))
+    q_heads, kv_heads = node.count("num_heads"), node.count("kv_num_heads")
     head_size = _head_size(decoder, node, keys, q_heads, kv_heads)
-    window = max(int(node.attr("local_window_size", -1)), 0)
+    window = max(node.whole("local_window_size", -1), 0)
     prologue = Prologue(decoder.graph)
     query, key, value = _operands(decoder, prologue, node, head_size)
     sink = _sink(prologue, node, q_heads)
@@ -66,7 +66,7 @@ def match(decoder: DecoderGraph, node: Node) -> Match | None:
         scale=contrib_scale(node, head_size),
         mask=mask,
         head_sink=sink,
-        softcap=float(node.attr("softcap", 0.0)),
+        softcap=node.real("softcap", 0.0),
         is_causal=True,
         window=window,
         prologue=prologue.parts,
@@ -94,7 +94,7 @@ def _head_size(decoder: DecoderGraph, node: Node, keys: CacheTensor, q_heads: in
 
 def _operands(decoder: DecoderGraph, prologue: Prologue, node: Node, head_size: int | None) -> tuple[str, str, str]:
     """Query, key and value as (B, H, S, D), turned by their positions if the node does that."""
-    q_heads, kv_heads = int(node.attr("num_heads")), int(node.attr("kv_num_heads"))
+    q_heads, kv_heads = node.count("num_heads"), node.count("kv_num_heads")
     heads = (q_heads, kv_heads, kv_heads)
     if node.input(KEY):
         query, key, value = (prologue.heads_first(name, n) for name, n in zip(node.inputs[:3], heads, strict=True))
@@ -114,14 +114,14 @@ def _rotated(
     if not isinstance(pairs, int) or head_size is None or not node.input(SIN):
         raise MissError("do_rotary: the sizes of cos_cache and of the heads are not known")
     tables = (_checked(prologue, _positions(prologue, node), node.inputs[COS]), node.inputs[COS], node.inputs[SIN])
-    interleaved = int(node.attr("rotary_interleaved", 0))
+    interleaved = node.whole("rotary_interleaved", 0)
 
     def turned(tensor: str, heads: int) -> str:
         partial: dict[str, Any] = {"rotary_embedding_dim": pairs * 2, "num_heads": heads}
         more = {} if pairs * 2 == head_size else partial
         return prologue.node("RotaryEmbedding", tensor, *tables, domain=CONTRIB, interleaved=interleaved, **more)
 
-    return turned(tensors[0], int(node.attr("num_heads"))), turned(tensors[1], int(node.attr("kv_num_heads")))
+    return turned(tensors[0], node.count("num_heads")), turned(tensors[1], node.count("kv_num_heads"))
 
 
 def _checked(prologue: Prologue, positions: str, table: str) -> str:

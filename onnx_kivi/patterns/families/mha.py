@@ -44,7 +44,7 @@ def match(decoder: DecoderGraph, node: Node) -> Match | None:
     operands = (
         _joined_inside(decoder, prologue, node) if inside else _joined_outside(decoder, prologue, node, keys, values)
     )
-    heads, caches = int(node.attr("num_heads")), (keys.cache, values.cache)
+    heads, caches = node.count("num_heads"), (keys.cache, values.cache)
     layouts = (HEADS_FIRST, HEADS_FIRST) if inside else [operand.layout for operand in operands[1:]]
     kv_heads, k_head_size, v_head_size = head_sizes(decoder, caches, layouts, heads)
     mask = _mask(decoder, prologue, node)

@@ -31,7 +31,7 @@ def match(decoder: DecoderGraph, node: Node) -> Match | None:
     for name in ("do_rotary", "past_present_share_buffer"):
         if node.attr(name, 0):
             raise MissError(f"{node.op}: {name}; expected none")
-    heads = int(node.attr("num_heads"))
+    heads = node.count("num_heads")
     head_size = _head_size(decoder, node, cache.input, heads)
     prologue = Prologue(decoder.graph)
     query, key, value = (Operand(name) for name in _projected(prologue, node, heads))

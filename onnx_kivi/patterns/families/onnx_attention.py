@@ -65,7 +65,7 @@ def attention(decoder: DecoderGraph, node: Node, *, fixed: bool) -> Match | None
         v_head_size=v_head_size,
         scale=_scale(node, k_head_size) * keys.scale,
         mask=_mask(decoder, node),
-        softcap=float(node.attr("softcap", 0.0)),
+        softcap=node.real("softcap", 0.0),
         nan_to_zero=True,
     )
 
@@ -102,7 +102,7 @@ def _query_layout(decoder: DecoderGraph, node: Node) -> tuple[str, int]:
     """How the query lies, and its heads."""
     shape = decoder.shapes.shape(node.inputs[0])
     if shape is not None and len(shape) == 3 and node.attr("q_num_heads"):
-        return "BS(HD)", int(node.attr("q_num_heads"))
+        return "BS(HD)", node.count("q_num_heads")
     if shape is None or len(shape) != 4 or not isinstance(shape[1], int):
         raise MissError("the number of query heads is not known")
     return "BHSD", shape[1]

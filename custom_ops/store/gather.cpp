@@ -35,7 +35,8 @@ State gathered(const std::vector<CachePtr>& caches, const std::vector<std::pair<
     std::vector<const Cache*> sources;
     std::vector<State> parts;
     for (const auto& [handle, row] : rows) {
-        const auto is_it = [handle](const CachePtr& cache) { return cache->handle == handle; };
+        // Clang 14 can't capture `handle`, a structured binding, by its name.
+        const auto is_it = [wanted = handle](const CachePtr& cache) { return cache->handle == wanted; };
         sources.push_back(std::find_if(caches.begin(), caches.end(), is_it)->get());
         parts.push_back(row_of(*sources.back(), row));
     }

@@ -148,6 +148,7 @@ void run(int64_t handle, const State& state) {
 // What is read when a cache is saved.
 void export_all(const State& state) {
     for (const auto& [index, slot] : state.slots) {
+        if (slot.rows.empty()) continue;
         const SlotShape& shape = slot.layout->blocks.shape;
         for (const Row& row : slot.rows) {
             const int64_t tokens = std::max(row.sink_tokens(*slot.layout), row.residual_tokens(*slot.layout));

@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from .errors import BackendUnavailableError as BackendUnavailableError
     from .errors import CacheError as CacheError
     from .errors import ConfigError as ConfigError
+    from .errors import ExtraUnavailableError as ExtraUnavailableError
     from .errors import KiviError as KiviError
     from .errors import SpecMismatchError as SpecMismatchError
     from .errors import UnsupportedModelError as UnsupportedModelError
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
     from .runtime.cache import Cache as Cache
     from .runtime.hosts import library_path as library_path
     from .runtime.hosts import register as register
+    from .runtime.install import install as install
+    from .runtime.install import uninstall as uninstall
     from .runtime.numpy_backend.quantize import quant_dequant as quant_dequant
 
     __version__: str
@@ -33,6 +36,7 @@ _HOMES = {
     "Cache": "runtime.cache",
     "CacheError": "errors",
     "ConfigError": "errors",
+    "ExtraUnavailableError": "errors",
     "KiviConfig": "config",
     "KiviError": "errors",
     "Report": "rewrite.report",
@@ -40,6 +44,7 @@ _HOMES = {
     "SpecMismatchError": "errors",
     "UnsupportedModelError": "errors",
     "Verification": "measure.verify",
+    "install": "runtime.install",
     "inspect": "rewrite.pipeline",
     "library_path": "runtime.hosts",
     "load": "graph",
@@ -47,6 +52,7 @@ _HOMES = {
     "register": "runtime.hosts",
     "rewrite": "rewrite.pipeline",
     "save": "graph",
+    "uninstall": "runtime.install",
     "verify": "measure.verify",
 }
 

@@ -25,3 +25,7 @@ class SpecMismatchError(KiviError):
 
 class BackendUnavailableError(KiviError):
     """The backend, host or ISA level asked for does not exist on this machine."""
+
+
+class ExtraUnavailableError(KiviError, ImportError):
+    """A package that an extra needs is missing, or of a version that this package does not know."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Sequence
 from importlib.metadata import version
 from types import ModuleType
@@ -22,6 +23,7 @@ AUTO_HOSTS = {"native": "native", "numpy": "python"}
 
 # onnxruntime refuses a second registration, and its options can't be asked.
 _servers: WeakKeyDictionary[ort.SessionOptions, str] = WeakKeyDictionary()
+_registering = threading.Lock()
 
 
 def choose(host: str = "auto", backend: str = "auto") -> tuple[str, Backend]:
@@ -40,22 +42,23 @@ def choose(host: str = "auto", backend: str = "auto") -> tuple[str, Backend]:
 
 
 def register(options: ort.SessionOptions, *, host: str = "auto", backend: str = "auto") -> None:
-    """Make onnxruntime sessions made with `options` know the ops, if they don't yet.
+    """Make onnxruntime sessions made with `options` know the ops, if they don't yet. Any thread may.
 
     Raises as `choose` does, and ConfigError for options that another host or backend serves.
     """
     server, chosen = choose(host, backend)
     asked = f"host {server}, backend {chosen.name}"
-    known = _servers.get(options)
-    if known == asked:
-        return
-    if known is not None:
-        raise ConfigError(f"register: expected session options without the ops, got some of {known}; make new ones")
-    if server == "native":
-        _native().register(options)
-    else:
-        _python().register(options, chosen.name)
-    _servers[options] = asked
+    with _registering:
+        known = _servers.get(options)
+        if known == asked:
+            return
+        if known is not None:
+            raise ConfigError(f"register: expected session options without the ops, got some of {known}; make new ones")
+        if server == "native":
+            _native().register(options)
+        else:
+            _python().register(options, chosen.name)
+        _servers[options] = asked
 
 
 def take_error(host: str, handles: Sequence[int], failure: Exception | None) -> BaseException | None:

@@ -47,11 +47,13 @@ class Session:
         backend: str = "auto",
     ) -> None:
         options = sess_options if sess_options is not None else quiet_options()
-        if read_own_nodes(model if isinstance(model, bytes) else model_path(model)) is None:
+        nodes = read_own_nodes(model if isinstance(model, bytes) else model_path(model))
+        if nodes is None:
             raise NotRewrittenError(
                 f"{_name(model)}: expected a rewritten model, with nodes of {DOMAIN}, got one without; run onnx-kivi "
                 "rewrite on it first"
             )
+        self.nodes = nodes
         self.host, self.backend = choose(host, backend)
         register(options, host=self.host, backend=self.backend.name)
         self._session = open_model(model, options, providers)

@@ -20,6 +20,7 @@ from ..spec import CONTROL_INPUTS
 from .signature import Signature
 
 EMBEDDINGS = "inputs_embeds"
+POSITIONS = "position_ids"
 
 
 class Stepper:
@@ -60,12 +61,12 @@ class Stepper:
             mask = np.ones((ids.shape[0], self.length + ids.shape[1]), np.int64)
         embeddings = {EMBEDDINGS: self._embed(ids)} if self._embed else {}
         signature = self._signature
-        feeds = _token_feeds(signature, ids, mask, {**known, **embeddings})
+        feeds = token_feeds(signature, ids, mask, {**known, **embeddings})
         results = dict(zip(signature.outputs, self._run(None, feeds), strict=True))
         carried = {name: results[out] for name, out in signature.present.items() if out}
         self._known = {name: array for name, array in known.items() if name not in signature.stored} | carried
         self.length += ids.shape[1]
-        return _logits(results)
+        return logits_of(results)
 
     def restart(self) -> None:
         """Forget all tokens."""
@@ -103,7 +104,7 @@ class Stepper:
         return {**empty, **self._given}
 
 
-def _token_feeds(signature: Signature, ids: IntArray, mask: IntArray, known: Mapping[str, Array]) -> dict[str, Array]:
+def token_feeds(signature: Signature, ids: IntArray, mask: IntArray, known: Mapping[str, Array]) -> dict[str, Array]:
     """Feeds for one step: tokens (B, S) and what follows from them and from the mask (B, T), and what is `known`.
 
     Raises UnsupportedModelError naming an input that nobody knows how to fill.
@@ -152,7 +153,7 @@ TOKEN_INPUTS: Mapping[str, Callable[[IntArray, IntArray], Any]] = {
     "decoder_input_ids": lambda ids, _: ids,
     "attention_mask": lambda _, mask: mask,
     "decoder_attention_mask": lambda _, mask: mask,
-    "position_ids": _positions,
+    POSITIONS: _positions,
     "cache_position": lambda ids, mask: np.arange(mask.shape[1] - ids.shape[1], mask.shape[1]),
     "use_cache_branch": lambda ids, mask: np.array([mask.shape[1] > ids.shape[1]]),
     "seqlens_k": lambda _, mask: mask.sum(1) - 1,
@@ -162,7 +163,8 @@ TOKEN_INPUTS: Mapping[str, Callable[[IntArray, IntArray], Any]] = {
 }
 
 
-def _logits(results: Mapping[str, Any]) -> FloatArray:
+def logits_of(results: Mapping[str, Any]) -> FloatArray:
+    """The logits among a run's outputs by name, as float32. Raises UnsupportedModelError if there are none."""
     if "logits" in results:
         return np.asarray(results["logits"], np.float32)
     rank_3 = [r for r in results.values() if getattr(r, "ndim", 0) == 3]

@@ -70,7 +70,12 @@ def tokenizer() -> Any:
     backend.decoder = decoders.ByteLevel()
     backend.add_special_tokens(list(SPECIAL))
     made = PreTrainedTokenizerFast(
-        tokenizer_object=backend, pad_token=SPECIAL[0], bos_token=SPECIAL[1], eos_token=SPECIAL[2], padding_side="left"
+        tokenizer_object=backend,
+        pad_token=SPECIAL[0],
+        bos_token=SPECIAL[1],
+        eos_token=SPECIAL[2],
+        padding_side="left",
+        model_input_names=["input_ids", "attention_mask"],
     )
     made.chat_template = TEMPLATE
     return made

@@ -13,10 +13,8 @@ from onnx_kivi.run.transformers import PROTOCOL
 
 PROMPT = torch.randint(0, 256, (1, 30), generator=torch.Generator().manual_seed(8)).repeat(1, 2)
 NEW = 30
-LOOKUP = {
-    "prompt_lookup_num_tokens": 4,
-    "eos_token_id": 257,
-}  # 4.57 fails without a token that ends; this one is never met
+# 4.57 fails without a token that ends; this one is never met.
+LOOKUP = {"prompt_lookup_num_tokens": 4, "eos_token_id": 257}
 
 
 class Counted(KiviForCausalLM):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ from transformers import (
 
 from onnx_kivi.hf import KiviForCausalLM
 
+ROOT = Path(__file__).parents[3]
 PROMPTS = ["Keys and values", "a cache"]
 NEW = 12
 
@@ -49,7 +52,7 @@ def after_five(input_ids: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
 @pytest.fixture
 def both(original: Any, dense: KiviForCausalLM, tokenizer: Any) -> Callable[..., tuple[Any, Any]]:
     """generate() of the original and of ours on the first prompt."""
-    inputs = tokenizer(PROMPTS[:1], return_tensors="pt", return_token_type_ids=False)
+    inputs = tokenizer(PROMPTS[:1], return_tensors="pt")
 
     def call(**options: Any) -> tuple[Any, Any]:
         return tuple(m.generate(**inputs, max_new_tokens=NEW, **options).tolist() for m in (original, dense))
@@ -72,7 +75,7 @@ def piped(original: Any, dense: KiviForCausalLM, tokenizer: Any) -> Callable[...
 
 
 def test_a_streamer_hears_the_text_bit_by_bit(original: Any, dense: KiviForCausalLM, tokenizer: Any) -> None:
-    inputs = tokenizer(PROMPTS[:1], return_tensors="pt", return_token_type_ids=False)
+    inputs = tokenizer(PROMPTS[:1], return_tensors="pt")
     heard = []
     for model in (original, dense):
         streamer = Collected(tokenizer)
@@ -128,7 +131,17 @@ def test_the_folders_tokenizer_and_template_feed_it(original: Any, dense_folder:
         return_tensors="pt",
         return_dict=True,
     )
-    ids = {name: inputs[name] for name in ("input_ids", "attention_mask")}
     model = KiviForCausalLM.from_pretrained(dense_folder)
-    assert tokenizer.decode(ids["input_ids"][0]).startswith("<turn>user: Which cache?<turn>assistant: ")
-    assert model.generate(**ids, max_new_tokens=NEW).tolist() == original.generate(**ids, max_new_tokens=NEW).tolist()
+    assert tokenizer.decode(inputs["input_ids"][0]).startswith("<turn>user: Which cache?<turn>assistant: ")
+    expected, found = (m.generate(**inputs, max_new_tokens=NEW).tolist() for m in (original, model))
+    assert found == expected
+
+
+def test_the_readmes_example_runs(dense_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.copytree(dense_folder, tmp_path / "small")
+    monkeypatch.chdir(tmp_path)
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    (example,) = (e for e in re.findall(r"```python\n(.*?)```", readme, re.DOTALL) if "KiviForCausalLM" in e)
+    names: dict[str, Any] = {}
+    exec(compile(example, "README.md", "exec"), names)
+    assert names["model"].name_or_path == "small"

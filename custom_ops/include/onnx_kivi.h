@@ -4,8 +4,8 @@
  * Python): it serves the ops of domain onnx_kivi. A session keeps its tokens in a cache of its own, its
  * default one, to which each run appends; the graph input `past_length` (int64, 1) drops what lies beyond it: 0
  * starts anew. For several sequences in turn, make caches and feed the handle of one to the graph input
- * `cache_handle` (int64, 1). For several at once, in a model of version 2, feed the handles of as many caches of one row
- * each: row b of the batch is that cache's, whatever it holds. `past_length` then has one number for all or one for
+ * `cache_handle` (int64, 1). For several at once, in a model of version 2, feed the handles of as many caches of one
+ * row each: row b of the batch is that cache's, whatever it holds. `past_length` then has one number for all or one for
  * each, and `new_length` says how many of a row's tokens, its last ones, are new (-1: all).
  *
  * Every function may be called from any thread. One that fails returns -1, and kivi_last_error() says why.

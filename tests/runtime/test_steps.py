@@ -332,4 +332,5 @@ def test_threads_on_one_handle_lose_steps_but_never_mix_them(backend: Backend) -
         assert keys.shape[1] == state.length
         np.testing.assert_array_equal(keys, decoded[0][0])
         np.testing.assert_array_equal(values, decoded[0][0])
-    assert all("another run" in text or "crop: expected" in text for text in refused)
+    known = ("another run", "crop: expected", "the last run to end")
+    assert not [text for text in refused if not any(words in text for words in known)]

@@ -14,9 +14,9 @@ from ...graph import Node
 from ..caches import CacheTensor, Port, Ports
 from ..decoder_graph import DecoderGraph
 from ..match import Added, MaskTerm, Match, MissError, Operand
+from ..matching.contrib import contrib_scale, joined_cache, refuse
 from ..matching.softmax import reduced_axes
 from ..prologue import CONTRIB, Prologue
-from .contrib import contrib_scale, joined_cache, refuse
 
 FAMILY = "gqa"
 ANCHORS = ("com.microsoft.GroupQueryAttention",)

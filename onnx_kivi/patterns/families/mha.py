@@ -15,9 +15,9 @@ from ..decoder_graph import DecoderGraph
 from ..layouts import HEADS_FIRST
 from ..match import Added, MaskTerm, Match, MissError, Operand
 from ..matching.cache_view import CacheView, cache_view, check_grows
+from ..matching.contrib import contrib_scale, joined_cache, padding_mask, refuse
 from ..matching.operands import cache_operand, head_sizes
 from ..prologue import Prologue
-from .contrib import contrib_scale, joined_cache, padding_mask, refuse
 
 FAMILY = "mha"
 ANCHORS = ("com.microsoft.MultiHeadAttention",)

@@ -11,8 +11,8 @@ from ...graph import Node
 from ..caches import Port, Ports
 from ..decoder_graph import DecoderGraph
 from ..match import Match, MissError, Operand
+from ..matching.contrib import contrib_scale, joined_cache, padding_mask, refuse
 from ..prologue import Prologue
-from .contrib import contrib_scale, joined_cache, padding_mask, refuse
 
 FAMILY = "ms_attention"
 ANCHORS = ("com.microsoft.Attention",)

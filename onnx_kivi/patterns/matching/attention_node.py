@@ -58,7 +58,7 @@ def attention(decoder: DecoderGraph, node: Node, *, fixed: bool) -> Match | None
 def causality(node: Node) -> tuple[bool, int]:
     """Whether the node is causal, and its window. Raises MissError if it counts from elsewhere than the past."""
     left, right = node.attr("left_window_size", -1), node.attr("right_window_size", -1)
-    causal = bool(node.attr("is_causal", 0))
+    causal = node.flag("is_causal")
     if (causal or left >= 0 or right >= 0) and not node.input(PAST_KEY):
         raise MissError("is_causal or a window over a cache joined outside counts positions from 0, not from the past")
     if (left >= 0 or right > 0) and not causal:

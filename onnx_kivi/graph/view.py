@@ -58,7 +58,7 @@ class Node:
         return value
 
     def flag(self, name: str, default: int = 0) -> bool:
-        """Value of an attribute that is 0 or 1; kernels hold some other values to be off. Raises UnsupportedModelError."""
+        """Value of an attribute that is 0 or 1; kernels read some others as 0. Raises UnsupportedModelError."""
         value = self.whole(name, default)
         if value not in (0, 1):
             raise UnsupportedModelError(f"{self}: attribute {name!r}: expected 0 or 1, got {value}")

@@ -7,13 +7,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import onnxruntime as ort
 import torch
 from transformers import GenerationConfig
 from transformers.generation import GenerationMixin
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from ...arrays import FloatArray, IntArray
 from ...errors import ConfigError, UnsupportedModelError
 from ...paths import model_path
 from ..session import Session
@@ -22,8 +22,6 @@ from ..stepper import POSITIONS, logits_of, token_feeds
 from .cache import KiviCache
 from .loading import check_config, read_config, read_generation_config
 from .protocol import PROTOCOL
-
-IntArray = npt.NDArray[np.int64]
 
 NOT_THERE = {
     "inputs_embeds": "input_ids",
@@ -153,7 +151,7 @@ class KiviForCausalLM(GenerationMixin, torch.nn.Module):
 
     def _run(
         self, ids: IntArray, mask: torch.Tensor | None, positions: torch.Tensor | None, held: KiviCache
-    ) -> npt.NDArray[np.float32]:
+    ) -> FloatArray:
         """One step of the session."""
         (B, S), T = ids.shape, held.cache.length + ids.shape[1]
         known = {}
@@ -162,7 +160,6 @@ class KiviForCausalLM(GenerationMixin, torch.nn.Module):
             known[POSITIONS] = np.ascontiguousarray(np.broadcast_to(along, (B, S)))
         feeds = token_feeds(self._signature, ids, _mask(mask, B, T), known)
         results = self.session.run(None, feeds, cache=held.cache)
-        held.holds(B)
         return logits_of(dict(zip(self._signature.outputs, results, strict=True)))
 
     def _ids(self, input_ids: torch.Tensor | None) -> IntArray:

@@ -18,15 +18,7 @@ from typing import BinaryIO, TypeVar
 from .errors import KiviError, SpecMismatchError, UnsupportedModelError
 from .paths import open_regular
 from .protobuf import Value, fields, signed, taken
-from .spec import (
-    CONTROL_INPUTS,
-    DOMAIN,
-    KV_CACHE_STEP,
-    KV_CACHE_STEP_V2,
-    OPS,
-    SdpaAttributes,
-    StepAttributes,
-)
+from .spec import DOMAIN, KV_CACHE_STEP, OPS, STEP_OPS, SdpaAttributes, StepAttributes
 
 # onnx.proto: the numbers of the fields that matter here.
 MODEL_GRAPH, MODEL_FUNCTION = 7, 25
@@ -38,7 +30,7 @@ TYPES = {1: "float", 2: "int", 3: "string", 4: "tensor", 5: "graph", 6: "floats"
 DEEPEST = 100
 
 Span = tuple[int, int]
-VERSION_OF = {op.name: op.version for op in OPS}
+OP_OF = {op.name: op for op in OPS}
 Attributes = TypeVar("Attributes", StepAttributes, SdpaAttributes)
 
 
@@ -88,7 +80,7 @@ def read_own_nodes(model: Path | bytes) -> OwnNodes | None:
 
 
 def _checked(nodes: list[_Node]) -> OwnNodes:
-    steps = [node for node in nodes if node.op in (KV_CACHE_STEP.name, KV_CACHE_STEP_V2.name)]
+    steps = [node for node in nodes if node.op in STEP_OPS]
     if len(steps) != 1:
         raise nodes[-1].refusal(f"one {KV_CACHE_STEP.name} in the model", len(steps))
     (opening,) = steps
@@ -96,7 +88,7 @@ def _checked(nodes: list[_Node]) -> OwnNodes:
     attending = [node for node in nodes if node is not opening]
     if step.layers != len(attending):
         raise opening.refusal(f"layers to be the number of its nodes, {len(attending)}", step.layers)
-    controls = [*CONTROL_INPUTS][: 2 if opening.op == KV_CACHE_STEP.name else 3]
+    controls = [tensor.name for tensor in OP_OF[opening.op].inputs]
     if opening.inputs != controls:
         raise opening.refusal(f"inputs {', '.join(controls)}", opening.inputs)
     slots: dict[int, SdpaAttributes] = {}
@@ -117,8 +109,8 @@ def _parsed(kind: type[Attributes], node: _Node) -> Attributes:
         raise SpecMismatchError(f"{node.op} {node.name!r}: {error}") from error
     except KiviError as error:
         raise UnsupportedModelError(f"{node.op} {node.name!r}: {error}") from error
-    if attributes.spec_version != VERSION_OF[node.op]:
-        raise node.refusal(f"spec_version {VERSION_OF[node.op]}", attributes.spec_version)
+    if attributes.spec_version != (version := OP_OF[node.op].version):
+        raise node.refusal(f"spec_version {version}", attributes.spec_version)
     return attributes
 
 
@@ -169,13 +161,14 @@ def _read(file: BinaryIO, found: Mapping[int, list[Value]], depth: int) -> _Node
     )
     wire: dict[str, int | str] = {}
     node = _Node("".join(ops[-1:]), "".join(names[-1:]), inputs, outputs, wire)
-    types = next(({a.name: a.wire for a in op.attributes} for op in OPS if op.name == node.op), None)
-    if types is None:
-        raise node.refusal(f"an operator of {DOMAIN}, {' or '.join(op.name for op in OPS)}", repr(node.op))
-    if node.op in [op.name for op in OPS if not op.built]:
+    op = OP_OF.get(node.op)
+    if op is None:
+        raise node.refusal(f"an operator of {DOMAIN}, {' or '.join(OP_OF)}", repr(node.op))
+    if not op.built:
         raise node.refusal("an operator that this version serves", f"{node.op}, which is specified but not built yet")
     if depth:
         raise node.refusal("to be in the main graph", "a place in a subgraph or function")
+    types = {attribute.name: attribute.wire for attribute in op.attributes}
     for span in found.get(NODE_ATTRIBUTE, []):
         name, value = _attribute(file, node, types, span)
         if name in wire:

@@ -12,7 +12,7 @@ from ..config import KiviConfig
 from ..errors import ConfigError
 from ..measure.verify import Verification, verify
 from ..progress import Progress
-from ..rewrite.pipeline import Findings, carry_out, rewrite
+from ..rewrite.pipeline import Findings, carry_out
 from ..rewrite.report import Report
 from ..staging import staging_folder
 
@@ -58,12 +58,14 @@ def rewritten(
 ) -> Rewritten:
     """The `model` of `source`, as examined, rewritten in place, and verified in a folder beside `output`."""
     config, report = request.config, findings.report
+    whole = model
+    if request.verify and config.window:
+        # A window changes what the model says, by choice; everything else is verified as if there were none.
+        whole = graph.copied(model)
+        carry_out(findings, whole, replace(config, window=0, window_sinks=0), partial=request.partial)
     carry_out(findings, model, config, partial=request.partial)
     if not request.verify:
         return Rewritten(report, None)
-    # A window changes what the model says, by choice; everything else is verified as if there were none.
-    unwindowed = replace(config, window=0, window_sinks=0)
-    whole = rewrite(source, unwindowed, partial=request.partial)[0] if config.window else model
     with staging_folder(output) as folder:
         staged = folder / output.name
         graph.save(whole, staged, link=True)

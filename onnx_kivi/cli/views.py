@@ -67,9 +67,7 @@ def rewrite_view(
             "with its weights in": ", ".join(str(file) for file in files[1:]) or None,
             "attention sites": f"{len(report.sites)} ({', '.join(families)})",
             "left as they are": len(report.misses) or None,
-            "cache inputs and outputs removed": sum(
-                len(site.removed_inputs) + sum(map(bool, site.cache_outputs)) for site in report.sites
-            ),
+            "cache inputs and outputs removed": len(report.removed_inputs) + len(report.removed_outputs),
             "window": window,
             "verified": None if checked else "no (--no-verify)",
         },

@@ -1,7 +1,7 @@
 """Reading, indexing, understanding and writing ONNX graphs; the only part that imports onnx and onnx_graphsurgeon."""
 
 from .build import Builder, FreeNames, HashedNames, Names, NewConstant, NewNode, NewPart, Number
-from .edit import Changes, apply, set_attribute
+from .edit import Changes, apply, copied, set_attribute
 from .elements import BOOL, ELEMENT_CODES, FLOATS, INTEGERS, element_name
 from .external import weight_files
 from .files import load, save
@@ -41,6 +41,7 @@ __all__ = [
     "TooComplexError",
     "apply",
     "check_wellformed",
+    "copied",
     "divide",
     "element_name",
     "fingerprint",

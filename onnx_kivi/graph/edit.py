@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import onnx
 from onnx import helper, numpy_helper
@@ -19,6 +19,8 @@ from ..errors import UnsupportedModelError
 from .build import NewConstant, NewNode, NewPart
 from .schemas import register_schemas
 from .view import Graph, Model
+
+AMessage = TypeVar("AMessage")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -135,15 +137,17 @@ def _used(body: _Body, model: Model) -> set[str]:
 
 def _replace(repeated: Any, messages: Sequence[Any]) -> None:
     """Have copies of these messages, which may lie in it already, in a repeated field."""
-    copies = [_copy(message) for message in messages]
+    copies = [copied(message) for message in messages]
     del repeated[:]
     repeated.extend(copies)
 
 
-def _copy(message: Any) -> Any:
-    new = type(message)()
-    new.CopyFrom(message)
-    return new
+def copied(message: AMessage) -> AMessage:
+    """A copy of a model, or of a part of one."""
+    copy: Any = type(message)()
+    copy.CopyFrom(message)
+    same: AMessage = copy
+    return same
 
 
 def _needed(protos: Sequence[onnx.NodeProto], reads: Sequence[Collection[str]], outputs: Sequence[str]) -> list[int]:

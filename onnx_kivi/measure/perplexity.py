@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from ..arrays import FloatArray, IntArray
 from ..errors import ConfigError
 from ..progress import Progress, silent
 from ..run.stepper import Stepper
@@ -72,13 +73,13 @@ def evaluate(
     )
 
 
-def log_softmax(x: npt.NDArray[np.float32]) -> npt.NDArray[np.float64]:
+def log_softmax(x: FloatArray) -> npt.NDArray[np.float64]:
     """Log-probabilities over the last axis, in float64."""
     z = x.astype(np.float64) - x.max(-1, keepdims=True)
     return np.asarray(z - np.log(np.exp(z).sum(-1, keepdims=True)))
 
 
-def _log_probabilities(stepper: Stepper, tokens: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
+def _log_probabilities(stepper: Stepper, tokens: IntArray) -> FloatArray:
     """What the decoder expects after each token but the last, (window - 1, vocabulary)."""
     stepper.restart()
     chunks = [tokens[i : i + CHUNK] for i in range(0, len(tokens), CHUNK)]

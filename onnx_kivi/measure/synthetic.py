@@ -10,15 +10,12 @@ from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
+from ..arrays import Array, IntArray
 from ..cache_facts import CacheFacts
 from ..run.signature import Signature
 from ..run.stepper import EMBEDDINGS, Stepper
 from ..runtime.cache import Cache
-
-Array = npt.NDArray[Any]
-IntArray = npt.NDArray[np.int64]
 
 ENCODER_TOKENS = 7
 ENCODER_PADDING = 2

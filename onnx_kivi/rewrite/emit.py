@@ -43,7 +43,7 @@ def emit(model: Model, decoder: DecoderGraph, plan: Plan, report: Report, config
     if not live:
         raise UnsupportedModelError("no output of the model depends on attention over a cache; there is nothing to do")
     builder = _build(decoder, plan, live, report.one_length, config)
-    changes = _changes(builder, plan, report.sites, live)
+    changes = _changes(builder, plan, report, live)
     apply(changes, graph, model)
     set_attribute(model, STEP_OPS, "model_id", fingerprint(model))
     return changes.gone(graph)
@@ -73,13 +73,13 @@ def _build(decoder: DecoderGraph, plan: Plan, live: Sequence[Site], one_length: 
     return builder
 
 
-def _changes(builder: Builder, plan: Plan, sites: Sequence[Site], live: Sequence[Site]) -> Changes:
+def _changes(builder: Builder, plan: Plan, report: Report, live: Sequence[Site]) -> Changes:
     stored = [operand for site in live if site.kind == CROSS for operand in (site.key, site.value)]
     return Changes(
         new=builder.parts,
-        removed_nodes=frozenset(plan.shapes).union(*(site.covered for site in sites)),
-        removed_inputs={name for site in sites for name in site.removed_inputs},
-        removed_outputs={name for site in sites for name in site.cache_outputs if name},
+        removed_nodes=frozenset(plan.shapes).union(*(site.covered for site in report.sites)),
+        removed_inputs=frozenset(report.removed_inputs),
+        removed_outputs=frozenset(report.removed_outputs),
         new_inputs={name: np.array([default], np.int64) for name, default in CONTROL_INPUTS.items()},
         renamed_axes={operand.tensor: (operand.layout.index("S"), STORED_TOKENS) for operand in stored},
         opset=(DOMAIN, OPSET_VERSION),

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from ..config import KiviConfig
 from ..errors import ConfigError, UnsupportedModelError
-from ..graph import Model, fingerprint, load, set_attribute
+from ..graph import Model, copied, fingerprint, load, set_attribute
 from ..patterns import DecoderGraph
 from ..spec import ATTENTION_OPS, DENSE_BITS, STEP_OPS
 from .admit import admit
@@ -44,7 +44,7 @@ def rewrite(model: ModelOrPath, config: KiviConfig | None = None, *, partial: bo
     misses if there are any (or, with `partial`, if nothing matches).
     """
     config = config or KiviConfig()
-    model = _copy(model) if isinstance(model, Model) else load(model)
+    model = copied(model) if isinstance(model, Model) else load(model)
     findings = examine(model, cross=config.cross)
     carry_out(findings, model, config, partial=partial)
     return model, findings.report
@@ -78,17 +78,11 @@ def examine(model: Model, *, cross: bool = False) -> Findings:
 
 def dense(rewritten: Model) -> Model:
     """A copy of a rewritten model that keeps its caches in float32."""
-    model = _copy(rewritten)
+    model = copied(rewritten)
     for name in ("k_bits", "v_bits"):
         set_attribute(model, ATTENTION_OPS, name, DENSE_BITS)
     set_attribute(model, STEP_OPS, "model_id", fingerprint(model))
     return model
-
-
-def _copy(model: Model) -> Model:
-    copy = Model()
-    copy.CopyFrom(model)
-    return copy
 
 
 def _require(report: Report, config: KiviConfig, partial: bool) -> None:

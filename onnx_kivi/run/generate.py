@@ -9,11 +9,9 @@ from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 import numpy as np
-import numpy.typing as npt
 
+from ..arrays import FloatArray, IntArray
 from ..errors import ConfigError
-
-IntArray = npt.NDArray[np.int64]
 
 
 class Steps(Protocol):
@@ -23,7 +21,7 @@ class Steps(Protocol):
     def vocabulary(self) -> int | None:
         """Tokens that the model knows, where it says."""
 
-    def step(self, ids: IntArray, /) -> npt.NDArray[np.float32]:
+    def step(self, ids: IntArray, /) -> FloatArray:
         """Logits (1, S, vocabulary) of the new tokens `ids` (1, S)."""
 
 
@@ -60,7 +58,7 @@ def check_seed(seed: int | None) -> None:
         raise ConfigError(f"seed: expected an integer >= 0, got {seed!r}")
 
 
-def sample(logits: npt.NDArray[np.float32], temperature: float, top_p: float, random: np.random.Generator) -> int:
+def sample(logits: FloatArray, temperature: float, top_p: float, random: np.random.Generator) -> int:
     """One token id from logits (vocabulary,)."""
     if temperature == 0:
         return int(logits.argmax())

@@ -8,9 +8,9 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import onnxruntime as ort
 
+from ..arrays import Array, IntArray
 from ..errors import CacheError, UnsupportedModelError
 from ..own_nodes import read_own_nodes
 from ..paths import model_path
@@ -128,7 +128,7 @@ class Session:
 
     def generate(
         self,
-        ids: Sequence[int] | npt.NDArray[np.int64],
+        ids: Sequence[int] | IntArray,
         *,
         max_new_tokens: int = 64,
         temperature: float = 0.0,
@@ -136,7 +136,7 @@ class Session:
         seed: int | None = None,
         stop_tokens: Sequence[int] = (),
         cache: Cache | None = None,
-        inputs: Mapping[str, npt.NDArray[Any]] | None = None,
+        inputs: Mapping[str, Array] | None = None,
     ) -> Iterator[int]:
         """Generate after the prompt `ids`, one token id at a time, greedily or by sampling (temperature > 0).
 
@@ -156,7 +156,7 @@ class Session:
             stop_tokens=stop_tokens,
         )
 
-    def _held(self, feeds: Mapping[str, Any]) -> dict[str, npt.NDArray[Any]]:
+    def _held(self, feeds: Mapping[str, Any]) -> dict[str, Array]:
         """Arrays of no tokens for the inputs that slots store, if none of them is fed. Raises CacheError."""
         absent = [i for i in self._stored if i.name not in feeds]
         if not absent:

@@ -19,7 +19,7 @@ from typing import Any, BinaryIO
 import numpy as np
 import numpy.typing as npt
 
-from ..arrays import FloatArray
+from ..arrays import Array, ByteArray, FloatArray
 from ..errors import CacheError, KiviError
 from ..paths import open_regular
 from ..spec import DENSE, FORMAT_VERSIONS, FREED, SEALED, SINKS, SdpaAttributes, StepAttributes
@@ -139,7 +139,7 @@ class _Reader:
         self.left -= count
         return taken
 
-    def array(self, dtype: npt.DTypeLike, *shape: int) -> npt.NDArray[Any]:
+    def array(self, dtype: npt.DTypeLike, *shape: int) -> Array:
         """The next array, as a copy of its own."""
         element = np.dtype(dtype).newbyteorder("<")
         flat = np.frombuffer(self.take(element.itemsize * math.prod(shape)), element)
@@ -205,7 +205,7 @@ def _payload(state: CacheState) -> Iterator[bytes]:
                 yield array.astype(array.dtype.newbyteorder("<")).tobytes()
 
 
-def _row_arrays(row: RowState) -> Iterator[npt.NDArray[Any]]:
+def _row_arrays(row: RowState) -> Iterator[Array]:
     yield from (row.sinks.key, row.sinks.value)
     for block in row.blocks:
         for side in (block.key, block.value):
@@ -250,7 +250,7 @@ def _value_side(reader: _Reader, attributes: SdpaAttributes, letter: str, heads:
     return _quantized(reader, letter, codes, (heads, tokens, group_count(size, attributes.v_group_size)))
 
 
-def _quantized(reader: _Reader, letter: str, codes: npt.NDArray[np.uint8], params: tuple[int, ...]) -> QuantizedBlock:
+def _quantized(reader: _Reader, letter: str, codes: ByteArray, params: tuple[int, ...]) -> QuantizedBlock:
     if letter != "q":
         raise CacheError(f"expected blocks of letters q and d, got {letter!r}")
     return QuantizedBlock(codes, reader.array(np.float16, *params), reader.array(np.float16, *params))

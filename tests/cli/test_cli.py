@@ -6,21 +6,19 @@ import json
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import onnx
 import pytest
 
+from commands import SMALL, Run, json_of
 from onnx_kivi.cli.parser import main
 from onnx_kivi.rewrite import pipeline
 from onnx_kivi.runtime.hosts import describe
 from zoo import MODELS
 
-SMALL = ("--block-tokens", "16", "--residual", "8", "--sinks", "2")
-
 
 @pytest.fixture
-def run(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+def run(capsys: pytest.CaptureFixture[str]) -> Run:
     """(exit code, stdout, stderr) of a command."""
 
     def call(*args: object) -> tuple[int, str, str]:
@@ -31,15 +29,6 @@ def run(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str
         return code, *capsys.readouterr()
 
     return call
-
-
-Run = Callable[..., tuple[int, str, str]]
-
-
-def json_of(outcome: tuple[int, str, str]) -> dict[str, Any]:
-    code, out, err = outcome
-    assert code == 0, err
-    return dict(json.loads(out))
 
 
 def test_inspect_lists_sites(tiny: Path, run: Run) -> None:

@@ -8,7 +8,6 @@ import resource
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnx
@@ -16,11 +15,11 @@ import onnxruntime as ort
 import pytest
 
 import onnx_kivi as kivi
+from commands import SMALL, Run, json_of
 from onnx_kivi.cli.parser import main
 from refusals import refusal
 from zoo import MODELS
 
-SMALL = ("--block-tokens", "16", "--residual", "8", "--sinks", "2")
 QUICK = (*SMALL, "--no-verify")
 CONFIG = {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
 BESIDE = ("tokenizer.json", "generation_config.json", "chat_template.jinja", "nested/vocab.txt")
@@ -28,22 +27,13 @@ ENCODER = '<ir_version: 8, opset_import: ["": 18]> g (float[N] x) => (float[N] y
 
 
 @pytest.fixture
-def run(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+def run(capsys: pytest.CaptureFixture[str]) -> Run:
     """(exit code, stdout, stderr) of `rewrite`."""
 
     def call(*args: object) -> tuple[int, str, str]:
         return main(["rewrite", *map(str, args)]), *capsys.readouterr()
 
     return call
-
-
-Run = Callable[..., tuple[int, str, str]]
-
-
-def json_of(outcome: tuple[int, str, str]) -> dict[str, Any]:
-    code, out, err = outcome
-    assert code == 0, err
-    return dict(json.loads(out))
 
 
 def with_weights(model: Path, to: Path) -> Path:

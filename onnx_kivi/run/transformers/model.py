@@ -15,12 +15,13 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from ...arrays import FloatArray, IntArray
 from ...errors import ConfigError, UnsupportedModelError
+from ...model_config import CONFIG_FILE
 from ...paths import model_path
 from ..session import Session
 from ..signature import Signature
 from ..stepper import POSITIONS, logits_of, token_feeds
 from .cache import KiviCache
-from .loading import check_config, read_config, read_generation_config
+from .loading import check_described, open_config, read_generation_config
 from .protocol import PROTOCOL
 
 NOT_THERE = {
@@ -80,8 +81,8 @@ class KiviForCausalLM(GenerationMixin, torch.nn.Module):
         path = model_path(model)
         session = Session(path, sess_options, providers, host=host, backend=backend)
         folder = path.parent
-        chosen = read_config(folder if config is None else config)
-        check_config(chosen, session, path)
+        chosen = open_config(folder if config is None else config)
+        check_described(chosen, session, str(folder / CONFIG_FILE) if config is None else "config")
         opened = cls(session, chosen, read_generation_config(folder))
         opened.name_or_path = str(model)
         return opened
@@ -160,7 +161,6 @@ class KiviForCausalLM(GenerationMixin, torch.nn.Module):
             known[POSITIONS] = np.ascontiguousarray(np.broadcast_to(along, (B, S)))
         feeds = token_feeds(self._signature, ids, _mask(mask, B, T), known)
         results = self.session.run(None, feeds, cache=held.cache)
-        held.holds(B)
         return logits_of(dict(zip(self._signature.outputs, results, strict=True)))
 
     def _ids(self, input_ids: torch.Tensor | None) -> IntArray:

@@ -119,7 +119,7 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "bart": ("BartConfig", BART),
     "m2m100": (
         "M2M100Config",
-        {**BART, "max_position_embeddings": 64, "encoder_ffn_dim": 16, "decoder_ffn_dim": 16},
+        {**BART, "max_position_embeddings": 80, "encoder_ffn_dim": 16, "decoder_ffn_dim": 16},
     ),
     "whisper": ("WhisperConfig", {**BART, "num_mel_bins": 8, "max_source_positions": 1500, "max_target_positions": 96}),
 }

@@ -56,7 +56,7 @@ def export(name: str, folder: Path) -> None:
 
 
 def export_merged(name: str, folder: Path) -> None:
-    """Export a decoder without and with a past and merge them, as earlier versions of optimum did with every decoder."""
+    """Export a decoder without and with a past and merge them, as earlier versions of optimum did."""
     folder.mkdir(parents=True, exist_ok=True)
     model = build(name)
     kind = TasksManager.get_exporter_config_constructor(

@@ -5,6 +5,7 @@ Run by hand, in an environment with requirements-optimum.txt: `python export_opt
 
 from __future__ import annotations
 
+import json
 import shutil
 import sys
 import tempfile
@@ -13,7 +14,7 @@ from pathlib import Path
 import onnx
 import onnxruntime as ort
 from architectures import ARCHITECTURES, ENCODER_DECODERS, build
-from finish import finish, selected
+from finish import clean_file, finish, selected
 from onnxruntime.transformers import float16, optimizer
 from onnxruntime.transformers.fusion_options import FusionOptions
 from optimum.exporters.onnx import export as export_one
@@ -53,6 +54,20 @@ def export(name: str, folder: Path) -> None:
             place.mkdir(parents=True, exist_ok=True)
             shutil.copy(target / file, place / "model.onnx")
             finish(place)
+        if name in ENCODER_DECODERS:
+            keep_for_generation(source, target, folder)
+
+
+def keep_for_generation(source: Path, target: Path, folder: Path) -> None:
+    """What the tests of generate() take beside the decoders: the encoder, the configuration, and torch's weights."""
+    shutil.copy(source / "model.safetensors", folder)
+    for file in ("generation_config.json", "encoder_model.onnx"):
+        shutil.copy(target / file, folder)
+    config = json.loads((target / "config.json").read_text())
+    if "encoder_layers" in config:  # which transformers 5 takes from here, and 4 does not
+        config["num_hidden_layers"] = config["encoder_layers"]
+    (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    clean_file(folder / "encoder_model.onnx")
 
 
 def export_merged(name: str, folder: Path) -> None:

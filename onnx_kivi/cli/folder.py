@@ -147,7 +147,7 @@ def _rewritten(
 ) -> Rewritten | None:
     """The model, rewritten in place; None if it is left as it is: without a cache, or without one that matches."""
     try:
-        findings = pipeline.examine(model, cross=request.config.cross)
+        findings = pipeline.examine(model, cross=request.config.cross, source=source.folder / name)
         report = findings.report
         if not report.has_cache or (request.partial and not report.sites):
             return None

@@ -35,13 +35,17 @@ def read_generation_config(folder: Path) -> Any:
     return _read(transformers.GenerationConfig.from_pretrained, path) if path.is_file() else None
 
 
-def check_described(config: Any, session: Session, where: str) -> None:
-    """Raise ConfigError for a config of another model than the session's, or of another kind of model."""
-    text = config.get_text_config(decoder=True)
+def check_described(config: Any, session: Session, where: str, *, seq2seq: bool = False) -> None:
+    """Raise ConfigError for a config of another model than the session's, or of another kind of model.
+
+    seq2seq: whether the session's is the decoder beside an encoder.
+    """
+    text = config if seq2seq else config.get_text_config(decoder=True)
     said = {key: getattr(text, key, None) for key in KEYS} | {SEQ2SEQ: config.is_encoder_decoder}
     shared = getattr(text, "num_kv_shared_layers", None) or 0
     layers = shared + sum(slot.kind == SELF for slot in session.nodes.slots)
-    check_config(said, where, ModelFacts(layers, True, vocabulary=Signature(session).vocabulary, seq2seq=False))
+    facts = ModelFacts(layers, all_layers=True, vocabulary=Signature(session).vocabulary, seq2seq=seq2seq)
+    check_config(said, where, facts)
 
 
 def _read(reader: Callable[[str], Any], path: Path) -> Any:

@@ -68,8 +68,8 @@ def apply(changes: Changes, graph: Graph, model: Model) -> None:
     """Change `model`, of which `graph` is the index. Raises UnsupportedModelError if nodes would read in a circle."""
     outputs = [o for o in model.graph.output if o.name not in changes.removed_outputs]
     body = _body(changes, graph, [o.name for o in outputs])
-    _replace(model.graph.node, body.nodes)
-    _replace(model.graph.output, outputs)
+    replace(model.graph.node, body.nodes)
+    replace(model.graph.output, outputs)
     _set_inputs(changes, graph, model)
     _set_initializers(changes, body, model)
     _set_annotations(changes, body, model)
@@ -102,7 +102,7 @@ def _set_inputs(changes: Changes, graph: Graph, model: Model) -> None:
     listed = {t.name for t in model.graph.initializer} - graph.inputs.keys()
     gone = {*changes.removed_inputs, *listed}
     new = (helper.make_tensor_value_info(name, onnx.TensorProto.INT64, [f"{name}s"]) for name in changes.new_inputs)
-    _replace(model.graph.input, [*(i for i in model.graph.input if i.name not in gone), *new])
+    replace(model.graph.input, [*(i for i in model.graph.input if i.name not in gone), *new])
     for info in model.graph.input:
         if info.name in changes.renamed_axes:
             axis, symbol = changes.renamed_axes[info.name]
@@ -126,8 +126,8 @@ def _set_annotations(changes: Changes, body: _Body, model: Model) -> None:
     stays = made - {name for node in changes.nodes for name in node.outputs}
     known = made | _used(body, model)
     graph = model.graph
-    _replace(graph.value_info, [v for v in graph.value_info if v.name in stays])
-    _replace(graph.quantization_annotation, [q for q in graph.quantization_annotation if q.tensor_name in known])
+    replace(graph.value_info, [v for v in graph.value_info if v.name in stays])
+    replace(graph.quantization_annotation, [q for q in graph.quantization_annotation if q.tensor_name in known])
 
 
 def _used(body: _Body, model: Model) -> set[str]:
@@ -135,7 +135,7 @@ def _used(body: _Body, model: Model) -> set[str]:
     return named.union(*body.reads)
 
 
-def _replace(repeated: Any, messages: Sequence[Any]) -> None:
+def replace(repeated: Any, messages: Sequence[Any]) -> None:
     """Have copies of these messages, which may lie in it already, in a repeated field."""
     copies = [copied(message) for message in messages]
     del repeated[:]

@@ -29,7 +29,7 @@ from ..run.tokenizer import Tokenizer, chat
 from ..runtime.hosts import describe
 from ..staging import check_target
 from .folder import RewrittenFolder, is_folder_wanted, only_model, rewrite_folder
-from .rewriting import Request, Rewritten, check_writable, rewritten
+from .rewriting import NO, Request, Rewritten, check_writable, rewritten
 from .views import (
     bench_view,
     demo_view,
@@ -63,7 +63,7 @@ def inspect_model(args: argparse.Namespace, progress: Progress) -> Outcome:
 
 def rewrite_model(args: argparse.Namespace, progress: Progress) -> Outcome:
     """Rewrite and verify a file or folder; nothing gets the name asked for before all is well."""
-    request = Request(_config(args), args.partial, not args.no_verify)
+    request = Request(_config(args), args.partial, "" if args.verify == NO else args.verify)
     output = Path(args.output)
     if is_folder_wanted(args.model, output):
         return _rewrite_folder(Path(args.model), output, request, args.copy_weights, progress)
@@ -103,6 +103,7 @@ def verify_model(args: argparse.Namespace, progress: Progress) -> Outcome:
     checked = verify(
         model_path(args.original),
         model_path(args.rewritten),
+        level=args.level,
         prompt=args.prompt,
         steps=args.steps,
         batch=args.batch,

@@ -7,10 +7,9 @@ from dataclasses import dataclass, replace
 
 from ..config import KiviConfig
 from ..errors import ConfigError, UnsupportedModelError
-from ..graph import Graph, Model, copied, fingerprint, load, set_attribute
+from ..graph import Graph, Model, copied, load, rounds_activations
 from ..paths import model_path
 from ..patterns import DecoderGraph, MissError
-from ..spec import ATTENTION_OPS, DENSE_BITS, STEP_OPS
 from .admit import admit
 from .beside import beside
 from .check import check
@@ -19,7 +18,7 @@ from .leftovers import leftovers
 from .merged import Merged, put_back, unlike, unmerged
 from .numbering import numbered
 from .plan import Plan
-from .precision import roughest_element, rounds_activations
+from .precision import roughest_element
 from .ragged import one_length_reason
 from .readable import readable
 from .report import Report
@@ -104,15 +103,6 @@ def _as_it_is(graph: Graph, cross: bool, elsewhere: str, merged: str = "") -> Fi
     one_length = one_length_reason(decoder, sites, partial=bool(misses))
     report = Report(sites, misses, roughest_element(decoder, sites), rounds_activations(graph), one_length)
     return Findings(decoder, admitted.plan, report)
-
-
-def dense(rewritten: Model) -> Model:
-    """A copy of a rewritten model that keeps its caches in float32."""
-    model = copied(rewritten)
-    for name in ("k_bits", "v_bits"):
-        set_attribute(model, ATTENTION_OPS, name, DENSE_BITS)
-    set_attribute(model, STEP_OPS, "model_id", fingerprint(model))
-    return model
 
 
 def _require(report: Report, config: KiviConfig, partial: bool) -> None:

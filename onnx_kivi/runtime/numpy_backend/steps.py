@@ -24,8 +24,8 @@ class Step:
     """What the nodes of one run have appended so far, over the rows of `caches`; `error` once one of them failed.
 
     bases: what each cache holds for this step, cut to past_length. rows: None where nobody knows how many an empty
-    cache will have. past: tokens of each row, (0,) for an empty cache. new: of each row, or one number for all; -1 = all that a node is given. padded: the most new tokens, as the nodes
-    get them.
+    cache will have. past: tokens of each row, (0,) for an empty cache. new: of each row, or one number for all; -1 =
+    all that a node is given. padded: the most new tokens, as the nodes get them.
 
     The error is text: an exception would hold its traceback, that the caller's frames, and these the cache, for ever.
     """

@@ -229,6 +229,7 @@ def _config(args: argparse.Namespace) -> KiviConfig:
         cross=args.cross,
         window=args.window,
         window_sinks=args.window_sinks,
+        last_logits=args.last_logits,
     )
 
 

@@ -65,6 +65,7 @@ def _real(least: float, most: float) -> Callable[[str], float]:
 
 OUTPUT_HELP = "the file to write; or, for a folder, the folder, unless it ends in .onnx"
 COPY_HELP = "a folder gets weights of its own (else hard links to the original's, which onnx.load refuses to read)"
+LAST_LOGITS_HELP = "add an input num_logits_to_keep, which long prompts are fed with (0, its default: all)"
 WINDOW_HELP = "lossy: a query sees the last N tokens only, and the rest is freed (default 0: all)"
 
 COUNT = _whole(0, 1 << 20)
@@ -173,6 +174,7 @@ def _rewrite(parser: argparse.ArgumentParser) -> None:
     _quantization(parser)
     _cross(parser)
     parser.add_argument("--partial", action="store_true", help="rewrite what matches and leave the other caches")
+    parser.add_argument("--last-logits", action="store_true", help=LAST_LOGITS_HELP)
     parser.add_argument("--no-verify", action="store_true", help="write without running original and result")
     parser.add_argument("--copy-weights", action="store_true", help=COPY_HELP)
 

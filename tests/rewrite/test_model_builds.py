@@ -14,8 +14,9 @@ import onnxruntime as ort
 import pytest
 
 from onnx_kivi.errors import KiviError, UnsupportedModelError
+from onnx_kivi.model_config import check_config
 from onnx_kivi.progress import silent
-from onnx_kivi.rewrite.host_config import check_config
+from onnx_kivi.rewrite.host_config import facts_of
 from onnx_kivi.rewrite.pipeline import inspect
 from onnx_kivi_models import DecoderConfig, chat_prompt, random_weights, smollm2, tiny_config, tiny_decoder
 from onnx_kivi_models.cache import MANIFEST, cache_folder, cached, recipe
@@ -93,8 +94,8 @@ def test_what_hosts_want_to_know_is_that_of_the_decoder(tmp_path: Path) -> None:
 
     transformers = json.loads((tmp_path / "config.json").read_text())
     assert transformers["head_dim"] * transformers["num_attention_heads"] == transformers["hidden_size"]
-    check_config(transformers, "config.json", inspect(model))
-    check_config(genai, "genai_config.json", inspect(model))
+    check_config(transformers, "config.json", facts_of(inspect(model)))
+    check_config(genai, "genai_config.json", facts_of(inspect(model)))
 
 
 def test_gguf_becomes_the_same_decoder(tmp_path: Path) -> None:

@@ -23,7 +23,9 @@ def attention(decoder: DecoderGraph, node: Node, *, fixed: bool) -> Match | None
     """The node over caches that are buffers of `fixed` size, or that grow; None over others. Its causality is yet to
     be told."""
     inside = bool(node.input(PAST_KEY))
-    keys, values = (_view(decoder, node, name) for name in (node.outputs[1:3] if inside else node.inputs[1:3]))
+    if inside and len(node.outputs) < 3:
+        raise MissError("it joins past and new tokens, but gives no present keys and values; expected both as outputs")
+    keys, values = (_view(decoder, node, name) for name in (node.outputs[1:3] if inside else map(node.input, (1, 2))))
     if keys is None or keys.cache.fixed != fixed:
         return None
     if values is None:

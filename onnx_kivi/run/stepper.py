@@ -23,7 +23,7 @@ from .signature import Signature
 
 EMBEDDINGS = "inputs_embeds"
 POSITIONS = "position_ids"
-PREFILL_CHUNK = 256
+PREFILL_CHUNK = 64
 
 
 class Stepper:

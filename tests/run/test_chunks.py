@@ -67,7 +67,7 @@ def test_an_original_is_fed_all_at_once(tiny: Path, monkeypatch: pytest.MonkeyPa
     steps: list[int] = []
     step = stepper.step
 
-    def watched(ids: npt.NDArray[np.int64], **more: int) -> npt.NDArray[np.float32]:
+    def watched(ids: npt.NDArray[np.int64], **more: Any) -> npt.NDArray[np.float32]:
         steps.append(ids.shape[1])
         return step(ids, **more)
 

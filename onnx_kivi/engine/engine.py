@@ -36,13 +36,15 @@ class Decoder(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Stats:
-    """What an engine does, and has done. reserved_bytes: what the running rows may come to take.
+    """What an engine does, and has done. cache_bytes: what the running rows hold.
 
-    retained_bytes: what is kept of earlier prompts. seconds: spent in `prefill`, `decode` and, of that, `sampling`.
+    reserved_bytes: what they may come to hold. retained_bytes: what is kept of earlier prompts. seconds: spent in
+    `prefill`, `decode` and, of that, `sampling`.
     """
 
     running: int
     waiting: int
+    cache_bytes: int
     reserved_bytes: int
     retained_bytes: int
     prefix_hits: int
@@ -143,6 +145,7 @@ class Engine:
             return Stats(
                 running=len(serving.scheduler.running),
                 waiting=len(serving.waiting),
+                cache_bytes=serving.held,
                 reserved_bytes=serving.reserved,
                 retained_bytes=prefixes.nbytes,
                 prefix_hits=prefixes.hits,

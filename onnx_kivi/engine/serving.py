@@ -50,6 +50,11 @@ class Serving:
         """Bytes that the rows that run may come to take."""
         return sum(self._model.sizes.whole(row.request.most_tokens) for row in self.scheduler.running)
 
+    @property
+    def held(self) -> int:
+        """Bytes that the rows that run hold."""
+        return sum(self._model.sizes.whole(row.length) for row in self.scheduler.running)
+
     def turn(self) -> bool:
         """One step for those who want one; whether anybody did."""
         self._forget()

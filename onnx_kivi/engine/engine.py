@@ -124,7 +124,9 @@ class Engine:
         sampling = Sampling(temperature, top_p, top_k, min_p, repetition_penalty, seed)
         check_max_new_tokens(max_new_tokens)
         prompt = check_prompt(ids, self._model.vocabulary)
-        ends = getattr(self._tokenizer, "stop_tokens", ()) if stop_tokens is None else stop_tokens
+        ends = getattr(self._tokenizer, "stop_tokens", ()) if stop_tokens is None else tuple(stop_tokens)
+        if not all(isinstance(each, int | np.integer) for each in ends):
+            raise ConfigError(f"stop_tokens: expected integers, got {stop_tokens!r}")
         strings = self._stop_strings(stop)
         if logprobs is not None and (not isinstance(logprobs, int | np.integer) or logprobs < 0):
             raise ConfigError(f"logprobs: expected an integer >= 0, or None, got {logprobs!r}")

@@ -128,6 +128,7 @@ def test_an_error_of_the_model_comes_from_its_stream(
         ([1], {"max_new_tokens": 150}, "max_new_tokens: expected at most 150 tokens with the prompt, got 151"),
         ([1], {"temperature": -1}, "temperature"),
         ([1], {"top_k": -1}, "top_k"),
+        ([1], {"stop_tokens": ["x"]}, "stop_tokens: expected integers"),
         ([1], {"stop": ""}, "stop: expected strings of at least one character"),
         ([1], {"stop": [3]}, "stop: expected strings"),
         ([1], {"logprobs": -1}, "logprobs: expected an integer >= 0, or None"),

@@ -15,6 +15,7 @@ import numpy as np
 from .. import graph
 from ..config import KiviConfig, parse_layer_bits
 from ..errors import ConfigError
+from ..measure import batch_bench as bench_batch
 from ..measure import demo as demo_run
 from ..measure import host_bench as bench_host
 from ..measure import kernel_bench as bench_kernel
@@ -31,6 +32,7 @@ from ..staging import check_target
 from .folder import RewrittenFolder, is_folder_wanted, only_model, rewrite_folder
 from .rewriting import NO, Request, Rewritten, check_writable, rewritten
 from .views import (
+    batch_bench_view,
     bench_view,
     demo_view,
     folder_view,
@@ -182,6 +184,19 @@ def bench(args: argparse.Namespace, progress: Progress) -> Outcome:
         bench_model.plot(curves, args.plot)
     rows = [dataclasses.asdict(row) for row in next(iter(curves.values()))]
     return Outcome({"rows": rows}, bench_view(curves))
+
+
+def batch_bench(args: argparse.Namespace, progress: Progress) -> Outcome:
+    """Tokens per second of many streams."""
+    rows = bench_batch.batch_bench(
+        args.model,
+        reference=args.reference,
+        streams=args.streams,
+        contexts=args.context,
+        new_tokens=args.new_tokens,
+        progress=progress,
+    )
+    return Outcome({"rows": [dataclasses.asdict(row) for row in rows]}, batch_bench_view(rows))
 
 
 def kernel_bench(args: argparse.Namespace, progress: Progress) -> Outcome:

@@ -160,6 +160,7 @@ def build_parser() -> argparse.ArgumentParser:
     _generate(command("generate", commands.generate_text, "Stream text.", "small.onnx --tokenizer DIR --prompt Once"))
     _ppl(command("ppl", commands.perplexity, "Perplexity.", "small.onnx --tokenizer DIR --reference model.onnx"))
     _bench(command("bench", commands.bench, "Speed and memory by context.", "small.onnx --reference model.onnx"))
+    _batch_bench(command("batch-bench", commands.batch_bench, "Speed of many streams.", "small.onnx --streams 1,8"))
     _kernel_bench(command("kernel-bench", commands.kernel_bench, "One decode step of attention, against others.", ""))
     _host_bench(command("host-bench", commands.host_bench, "What a node costs on each host.", "--turns 1000"))
     _demo(command("demo", commands.demo, "The main job on a real small model, from nothing.", ""))
@@ -219,9 +220,19 @@ def _ppl(parser: argparse.ArgumentParser) -> None:
 def _bench(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", nargs="+", metavar="MODEL", help="rewritten models; the JSON rows are the first one's")
     parser.add_argument("--reference", metavar="ORIGINAL", help="take turns with this model")
-    parser.add_argument("--context", type=_contexts, default=[512, 4096], metavar="N,N", help="default 512,4096")
+    parser.add_argument(
+        "--context", type=_numbers(CONTEXT), default=[512, 4096], metavar="N,N", help="default 512,4096"
+    )
     parser.add_argument("--new-tokens", type=TOKENS, default=16, metavar="N", help="tokens timed (default 16)")
     parser.add_argument("--plot", metavar="FILE.png", help="draw the curves of all models")
+
+
+def _batch_bench(parser: argparse.ArgumentParser) -> None:
+    _model(parser)
+    parser.add_argument("--reference", metavar="ORIGINAL", help="also what this gives one stream after another")
+    parser.add_argument("--streams", type=_numbers(FEW), default=[1, 8], metavar="N,N", help="default 1,8")
+    parser.add_argument("--context", type=_numbers(CONTEXT), default=[2048], metavar="N,N", help="default 2048")
+    parser.add_argument("--new-tokens", type=TOKENS, default=16, metavar="N", help="of each, timed (default 16)")
 
 
 def _kernel_bench(parser: argparse.ArgumentParser) -> None:
@@ -242,8 +253,9 @@ def _demo(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-new-tokens", type=TOKENS, default=48, metavar="N", help="of the answers (default 48)")
 
 
-def _contexts(text: str) -> list[int]:
-    return [CONTEXT(part) for part in text.split(",")]
+def _numbers(each: Callable[[str], int]) -> Callable[[str], list[int]]:
+    """The type of an option that takes several, separated by commas."""
+    return lambda text: [each(part) for part in text.split(",")]
 
 
 def _finite(value: Any) -> Any:

@@ -289,6 +289,9 @@ def check_kv_bytes(kv_bytes: int) -> None:
     between("kv_bytes", kv_bytes, 0, MAX_KV_BYTES)
 
 
+STAMP_CHANNELS = 4
+"""Channels of a token, over all its heads, that a stamp takes."""
+
 GHOSTS = (
     TensorSpec("new_shape", "int64", ("2",), "shape of the new tokens, (B, S)"),
     TensorSpec("mask_shape", "int64", ("2",), "shape of the attention mask, (B, P + S)"),

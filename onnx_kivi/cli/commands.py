@@ -27,6 +27,7 @@ from ..rewrite import pipeline
 from ..run.session import Session, open_stepper
 from ..run.tokenizer import Tokenizer, chat
 from ..runtime.hosts import describe
+from ..spec import NO_IO
 from ..staging import check_target
 from .folder import RewrittenFolder, is_folder_wanted, only_model, rewrite_folder
 from .rewriting import Request, Rewritten, check_writable, rewritten
@@ -63,7 +64,7 @@ def inspect_model(args: argparse.Namespace, progress: Progress) -> Outcome:
 
 def rewrite_model(args: argparse.Namespace, progress: Progress) -> Outcome:
     """Rewrite and verify a file or folder; nothing gets the name asked for before all is well."""
-    request = Request(_config(args), args.partial, not args.no_verify)
+    request = Request(_config(args), args.partial, not args.no_verify, chooses_io=args.io is None)
     output = Path(args.output)
     if is_folder_wanted(args.model, output):
         return _rewrite_folder(Path(args.model), output, request, args.copy_weights, progress)
@@ -86,7 +87,7 @@ def _rewrite_file(source: Path, output: Path, request: Request, progress: Progre
     model = graph.load(source)
     done = rewritten(source, model, pipeline.examine(model, cross=request.config.cross), request, output, progress)
     weights = () if done.failure else graph.save(model, output)
-    view = partial(rewrite_view, done.report, [output, *weights], done.checked, _said_of_window(request.config))
+    view = partial(rewrite_view, done, [output, *weights], _said_of_window(request.config))
     return _said_of_rewriting(done, output, view)
 
 
@@ -229,6 +230,8 @@ def _config(args: argparse.Namespace) -> KiviConfig:
         cross=args.cross,
         window=args.window,
         window_sinks=args.window_sinks,
+        io=args.io or NO_IO,
+        kv_bytes=args.kv_bytes,
     )
 
 

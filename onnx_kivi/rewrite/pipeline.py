@@ -9,10 +9,11 @@ from ..config import KiviConfig
 from ..errors import ConfigError, UnsupportedModelError
 from ..graph import Model, copied, fingerprint, load, set_attribute
 from ..patterns import DecoderGraph
-from ..spec import ATTENTION_OPS, DENSE_BITS, STEP_OPS
+from ..spec import ATTENTION_OPS, DENSE_BITS, GHOST_IO, GHOST_OPS, STEP_OPS
 from .admit import admit
 from .check import check
 from .emit import emit
+from .ghost import Carried, carried
 from .leftovers import leftovers
 from .numbering import numbered
 from .plan import Plan
@@ -28,11 +29,12 @@ ModelOrPath = Model | str | os.PathLike[str]
 
 @dataclass(frozen=True)
 class Findings:
-    """The report, and what it rests on."""
+    """The report, and what it rests on. ghost: what ghost I/O would keep, None if the model can't have it."""
 
     decoder: DecoderGraph
     plan: Plan
     report: Report
+    ghost: Carried | None
 
 
 def rewrite(model: ModelOrPath, config: KiviConfig | None = None, *, partial: bool = False) -> tuple[Model, Report]:
@@ -40,8 +42,10 @@ def rewrite(model: ModelOrPath, config: KiviConfig | None = None, *, partial: bo
 
     config.cross: also the caches that no step adds to, an encoder's. Their inputs stay, with `tokens_to_store` tokens:
     a run that feeds some fills the slots, or fills them anew; one that feeds 0 tokens attends to what they hold.
-    partial: rewrite the sites that match and leave other caches as they are. Raises UnsupportedModelError naming the
-    misses if there are any (or, with `partial`, if nothing matches).
+    config.io "ghost": past and present of the first layer keep their names, and carry stamps that name the caches, so
+    that hosts which carry a past run the model. partial: rewrite the sites that match and leave other caches as they
+    are. Raises UnsupportedModelError naming the misses if there are any (or, with `partial`, if nothing matches), or
+    why a model can't have ghost I/O.
     """
     config = config or KiviConfig()
     model = copied(model) if isinstance(model, Model) else load(model)
@@ -53,7 +57,8 @@ def rewrite(model: ModelOrPath, config: KiviConfig | None = None, *, partial: bo
 def carry_out(findings: Findings, model: Model, config: KiviConfig, *, partial: bool = False) -> None:
     """Rewrite the model that was examined, in place. Raises as `rewrite` does."""
     _require(findings.report, config, partial)
-    gone = emit(model, findings.decoder, findings.plan, findings.report, config)
+    ghost = findings.ghost if config.io == GHOST_IO else None
+    gone = emit(model, findings.decoder, findings.plan, findings.report, config, ghost)
     check(model, gone)
 
 
@@ -72,8 +77,10 @@ def examine(model: Model, *, cross: bool = False) -> Findings:
     decoder, sites = admitted.decoder, numbered(admitted.candidates)
     misses = (*admitted.misses, *leftovers(decoder, sites, explained=bool(admitted.misses)))
     one_length = one_length_reason(decoder, sites, partial=bool(misses))
-    report = Report(sites, misses, roughest_element(decoder, sites), rounds_activations(graph), one_length)
-    return Findings(decoder, admitted.plan, report)
+    kept = carried(decoder, sites, partial=bool(misses))
+    ghost, no_ghost = (None, kept) if isinstance(kept, str) else (kept, "")
+    report = Report(sites, misses, roughest_element(decoder, sites), rounds_activations(graph), one_length, no_ghost)
+    return Findings(decoder, admitted.plan, report, ghost)
 
 
 def dense(rewritten: Model) -> Model:
@@ -81,7 +88,7 @@ def dense(rewritten: Model) -> Model:
     model = copied(rewritten)
     for name in ("k_bits", "v_bits"):
         set_attribute(model, ATTENTION_OPS, name, DENSE_BITS)
-    set_attribute(model, STEP_OPS, "model_id", fingerprint(model))
+    set_attribute(model, (*STEP_OPS, *GHOST_OPS), "model_id", fingerprint(model))
     return model
 
 
@@ -89,6 +96,8 @@ def _require(report: Report, config: KiviConfig, partial: bool) -> None:
     """Raise UnsupportedModelError for misses that are not accepted, ConfigError for layers that the model lacks."""
     if report.misses and not (partial and report.sites):
         raise UnsupportedModelError(_refusal(report, partial))
+    if config.io == GHOST_IO and report.no_ghost:
+        raise UnsupportedModelError(f"ghost I/O: {report.no_ghost}; rewrite with --io none")
     layers = {site.layer for site in report.sites}
     if unknown := sorted(set(config.layer_bits) - layers):
         raise ConfigError(

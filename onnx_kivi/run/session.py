@@ -16,13 +16,13 @@ from ..own_nodes import read_own_nodes
 from ..paths import model_path
 from ..runtime.cache import Cache
 from ..runtime.hosts import choose, register, take_error
-from ..spec import DOMAIN, HANDLE_INPUT, NEW_LENGTH_INPUT, PAST_LENGTH_INPUT, STORED_TOKENS
+from ..spec import DOMAIN, HANDLE_INPUT, NEW_LENGTH_INPUT, PAST_LENGTH_INPUT, STAMP_CHANNELS, STORED_TOKENS
 from .generate import generate
 from .signature import ELEMENTS
 from .stepper import Stepper
 
 ERROR = 3
-NO_STAMPS = np.zeros((1, 1, 0, 4), np.float32)
+NO_STAMPS = np.zeros((1, 1, 0, STAMP_CHANNELS), np.float32)
 
 
 class NotRewrittenError(UnsupportedModelError):

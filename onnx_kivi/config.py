@@ -20,8 +20,9 @@ class KiviConfig:
     values, which no step adds to; they have no recent tokens, and so no residual. window: a query sees only so many
     tokens, itself the last of them, and what no query can see any more is freed; 0 = what the model sees.
     window_sinks: first tokens that stay in sight all the same (StreamingLLM, arXiv 2309.17453; positions are not
-    shifted). io: "none", or "ghost" for hosts that carry a past from run to run. kv_bytes: bytes that caches may take
-    under ghost I/O, 0 = what ONNX_KIVI_KV_BYTES says. Raises ConfigError.
+    shifted). last_logits: the model gets an input num_logits_to_keep, unless it has one. io: "none", or "ghost" for
+    hosts that carry a past from run to run. kv_bytes: bytes that caches may take under ghost I/O, 0 = what
+    ONNX_KIVI_KV_BYTES says. Raises ConfigError.
     """
 
     k_bits: int = 8
@@ -36,6 +37,7 @@ class KiviConfig:
     window_sinks: int = 0
     io: str = NO_IO
     kv_bytes: int = 0
+    last_logits: bool = False
 
     def __post_init__(self) -> None:
         pairs = isinstance(self.layer_bits, Mapping) and all(

@@ -232,6 +232,7 @@ def _config(args: argparse.Namespace) -> KiviConfig:
         window_sinks=args.window_sinks,
         io=args.io or NO_IO,
         kv_bytes=args.kv_bytes,
+        last_logits=args.last_logits,
     )
 
 

@@ -70,6 +70,7 @@ IO_HELP = (
     "(default of folders of optimum and genai)"
 )
 KV_BYTES_HELP = "that caches may take under ghost I/O (default 0: what ONNX_KIVI_KV_BYTES says)"
+LAST_LOGITS_HELP = "add an input num_logits_to_keep, which long prompts are fed with (0, its default: all)"
 WINDOW_HELP = "lossy: a query sees the last N tokens only, and the rest is freed (default 0: all)"
 
 COUNT = _whole(0, 1 << 20)
@@ -181,6 +182,7 @@ def _rewrite(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--io", choices=IO_KINDS, help=IO_HELP)
     parser.add_argument("--kv-bytes", type=BYTES, default=0, metavar="N", help=KV_BYTES_HELP)
     parser.add_argument("--partial", action="store_true", help="rewrite what matches and leave the other caches")
+    parser.add_argument("--last-logits", action="store_true", help=LAST_LOGITS_HELP)
     parser.add_argument("--no-verify", action="store_true", help="write without running original and result")
     parser.add_argument("--copy-weights", action="store_true", help=COPY_HELP)
 

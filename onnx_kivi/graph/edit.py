@@ -28,8 +28,8 @@ class Changes:
     """What is to become of a model. `new_inputs` become inputs, one number or more, with these default initializers.
 
     removed_nodes: indices. floats_in, floats_out: float inputs without a default, and outputs, by name with their axes;
-    they may take the place of removed ones. renamed_axes: input -> (axis, name), an axis whose size is no longer that
-    of others of its old name. opset: domain and version of what `new` uses beside ai.onnx.
+    they may take the place of removed ones. renamed_axes: input or output -> (axis, name), an axis whose size is no
+    longer that of others of its old name. opset: domain and version of what `new` uses beside ai.onnx.
     """
 
     new: Sequence[NewPart]
@@ -106,10 +106,13 @@ def _set_inputs(changes: Changes, graph: Graph, model: Model) -> None:
     """Old inputs that stay, but for initializers that old IR versions list among them, and new ones behind them."""
     listed = {t.name for t in model.graph.initializer} - graph.inputs.keys()
     gone = {*changes.removed_inputs, *listed}
-    new = (helper.make_tensor_value_info(name, onnx.TensorProto.INT64, [f"{name}s"]) for name in changes.new_inputs)
+    new = (
+        helper.make_tensor_value_info(name, onnx.TensorProto.INT64, [f"{name}s"] * default.ndim)
+        for name, default in changes.new_inputs.items()
+    )
     stay = (i for i in model.graph.input if i.name not in gone)
     _replace(model.graph.input, [*stay, *_floats(changes.floats_in), *new])
-    for info in model.graph.input:
+    for info in (*model.graph.input, *model.graph.output):
         if info.name in changes.renamed_axes:
             axis, symbol = changes.renamed_axes[info.name]
             info.type.tensor_type.shape.dim[axis].dim_param = symbol

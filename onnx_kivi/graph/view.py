@@ -57,6 +57,13 @@ class Node:
             raise UnsupportedModelError(f"{self}: attribute {name!r}: expected an integer, got {value!r}")
         return value
 
+    def flag(self, name: str, default: int = 0) -> bool:
+        """Value of an attribute that is 0 or 1; kernels read some others as 0. Raises UnsupportedModelError."""
+        value = self.whole(name, default)
+        if value not in (0, 1):
+            raise UnsupportedModelError(f"{self}: attribute {name!r}: expected 0 or 1, got {value}")
+        return value == 1
+
     def count(self, name: str) -> int:
         """Value of an attribute that counts heads, say. Raises UnsupportedModelError unless it is 1 or more."""
         value = self.whole(name)

@@ -21,8 +21,8 @@ class Steps(Protocol):
     def vocabulary(self) -> int | None:
         """Tokens that the model knows, where it says."""
 
-    def step(self, ids: IntArray, /) -> FloatArray:
-        """Logits (1, S, vocabulary) of the new tokens `ids` (1, S)."""
+    def last(self, ids: IntArray, /) -> FloatArray:
+        """Logits (1, vocabulary) of the last of the new tokens `ids` (1, S)."""
 
 
 def generate(
@@ -97,7 +97,7 @@ def _tokens(
 ) -> Iterator[int]:
     new = prompt
     for _ in range(max_new_tokens):
-        token = sample(stepper.step(new[None])[0, -1], temperature, top_p, random)
+        token = sample(stepper.last(new[None])[0], temperature, top_p, random)
         if token in stop_tokens:
             return
         yield token

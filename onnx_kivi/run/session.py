@@ -19,7 +19,7 @@ from ..runtime.hosts import choose, register, take_error
 from ..spec import DOMAIN, HANDLE_INPUT, NEW_LENGTH_INPUT, PAST_LENGTH_INPUT, STAMP_CHANNELS, STORED_TOKENS
 from .generate import generate
 from .signature import ELEMENTS
-from .stepper import Stepper
+from .stepper import PREFILL_CHUNK, Stepper
 
 ERROR = 3
 NO_STAMPS = np.zeros((1, 1, 0, STAMP_CHANNELS), np.float32)
@@ -146,11 +146,13 @@ class Session:
         top_p: float = 1.0,
         seed: int | None = None,
         stop_tokens: Sequence[int] = (),
+        prefill_chunk: int = PREFILL_CHUNK,
         cache: Cache | None = None,
         inputs: Mapping[str, Array] | None = None,
     ) -> Iterator[int]:
         """Generate after the prompt `ids`, one token id at a time, greedily or by sampling (temperature > 0).
 
+        prefill_chunk: tokens of the prompt that are fed at once; what is sealed of one chunk the next ones see rounded.
         inputs: what the model takes beside tokens, by input name: an encoder's keys, values and mask. States that the
         model carries itself start at zero. Starts a new conversation on a fresh cache, unless `cache` is given, which
         is then continued. Stops after max_new_tokens or at (and without) a stop token. Raises ConfigError for ids,
@@ -158,7 +160,9 @@ class Session:
         still missing, such as embeddings.
         """
         return generate(
-            Stepper(self, self.new_cache() if cache is None else cache, given=inputs or {}),
+            Stepper(
+                self, self.new_cache() if cache is None else cache, given=inputs or {}, prefill_chunk=prefill_chunk
+            ),
             ids,
             max_new_tokens=max_new_tokens,
             temperature=temperature,

@@ -8,7 +8,7 @@ import numpy as np
 
 from ..cache_facts import CacheFacts
 from ..errors import UnsupportedModelError
-from ..naming import is_encoder_name, is_past_name, present_of
+from ..naming import KEEP_INPUTS, is_encoder_name, is_past_name, present_of
 from ..spec import PAST_LENGTH_INPUT, STORED_TOKENS
 
 ELEMENTS: dict[str, Any] = {
@@ -27,7 +27,8 @@ class Signature:
     """A decoder's inputs and outputs by the part that they play in a step.
 
     session: an onnxruntime session, or a Session. present: a past input -> the output that carries it onward, None if
-    there is none. stored: the inputs that slots of a rewritten model store, an encoder's keys and values.
+    there is none. stored: the inputs that slots of a rewritten model store, an encoder's keys and values. keep: the
+    input that says of how many of the last tokens there are logits; None if there is none.
     """
 
     def __init__(self, session: Any, facts: CacheFacts | None = None) -> None:
@@ -40,6 +41,8 @@ class Signature:
             name: paired.get(name) or present_of(name, self.outputs) for name in past if name != PAST_LENGTH_INPUT
         }
         self.stored = {name for name, i in self.inputs.items() if STORED_TOKENS in i.shape}
+        named = {i.name: i for i in (*self.inputs.values(), *session.get_overridable_initializers())}
+        self.keep = next((named[name] for name in KEEP_INPUTS if name in named), None)
 
     @property
     def vocabulary(self) -> int | None:

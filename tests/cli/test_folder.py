@@ -315,7 +315,7 @@ SOURCES: dict[str, tuple[Callable[[Path], object], str]] = {
     "link": (folder_link, "link: expected regular files and folders, got a symbolic link"),
     "dangling link": (dangling, "No such file"),
     "fewer layers": (config('{"num_hidden_layers": 1}'), "config.json: expected num_hidden_layers to fit the model"),
-    "other heads": (config('{"num_key_value_heads": 3}'), "which has 2, got 3; is it another model's?"),
+    "other heads": (config('{"num_key_value_heads": 3}'), "which has 2, got 3; take the configuration"),
     "no JSON": (config("{"), "config.json: expected JSON"),
     "no object": (config("[]"), "config.json: expected a JSON object, got list"),
 }

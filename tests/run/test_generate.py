@@ -20,9 +20,9 @@ class Counting:
     def __init__(self) -> None:
         self.fed: list[list[int]] = []
 
-    def step(self, ids: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
+    def last(self, ids: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
         self.fed.append(ids[0].tolist())
-        return np.eye(self.vocabulary, dtype=np.float32)[ids + 1] * 20
+        return np.eye(self.vocabulary, dtype=np.float32)[ids[:, -1] + 1] * 20
 
 
 def test_greedy_feeds_the_prompt_once_and_then_single_tokens() -> None:

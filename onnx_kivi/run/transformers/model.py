@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -15,12 +16,13 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from ...arrays import FloatArray, IntArray
 from ...errors import ConfigError, UnsupportedModelError
+from ...model_config import CONFIG_FILE
 from ...paths import model_path
 from ..session import Session
 from ..signature import Signature
-from ..stepper import POSITIONS, logits_of, token_feeds
+from ..stepper import POSITIONS, PREFILL_CHUNK, chunk_ends, logits_of, token_feeds
 from .cache import KiviCache
-from .loading import check_config, read_config, read_generation_config
+from .loading import check_described, open_config, read_generation_config
 from .protocol import PROTOCOL
 
 NOT_THERE = {
@@ -80,8 +82,8 @@ class KiviForCausalLM(GenerationMixin, torch.nn.Module):
         path = model_path(model)
         session = Session(path, sess_options, providers, host=host, backend=backend)
         folder = path.parent
-        chosen = read_config(folder if config is None else config)
-        check_config(chosen, session, path)
+        chosen = open_config(folder if config is None else config)
+        check_described(chosen, session, str(folder / CONFIG_FILE) if config is None else "config")
         opened = cls(session, chosen, read_generation_config(folder))
         opened.name_or_path = str(model)
         return opened
@@ -107,14 +109,15 @@ class KiviForCausalLM(GenerationMixin, torch.nn.Module):
 
         attention_mask: (B, tokens held + S), 0 at padding; none = no padding. position_ids: (B or 1, S), else counted
         along the mask. labels: (B, S), -100 = not counted; gives the loss of predicting each token from those before
-        it. logits_to_keep: the last so many tokens, or their indices; 0 = all. Without a cache a new one comes with the
-        output, unless use_cache says no.
+        it. logits_to_keep: the last so many tokens, or their indices; 0 = all. A long prompt of which only the last
+        logits are wanted is fed in chunks. Without a cache a new one comes with the output, unless use_cache says no.
         """
         _refuse(others)
         given = past_key_values if cache is None else cache
         held = self.new_cache() if given is None else _checked_cache(given)
         ids = self._ids(input_ids)
-        logits = torch.from_numpy(self._run(ids, attention_mask, position_ids, held))
+        keep = logits_to_keep if isinstance(logits_to_keep, int) else 0
+        logits = torch.from_numpy(self._run(ids, attention_mask, position_ids, held, keep))
         logits = logits[:, -logits_to_keep:] if isinstance(logits_to_keep, int) else logits[:, logits_to_keep]
         loss = None if labels is None else _loss(logits, labels.to(logits.device))
         kept = None if use_cache is False else held
@@ -150,17 +153,26 @@ class KiviForCausalLM(GenerationMixin, torch.nn.Module):
             model_kwargs[PROTOCOL.cache_name] = self.new_cache()
 
     def _run(
-        self, ids: IntArray, mask: torch.Tensor | None, positions: torch.Tensor | None, held: KiviCache
+        self, ids: IntArray, mask: torch.Tensor | None, positions: torch.Tensor | None, held: KiviCache, keep: int
     ) -> FloatArray:
-        """One step of the session."""
-        (B, S), T = ids.shape, held.cache.length + ids.shape[1]
+        """Logits of the last `keep` new tokens at least (0: of all), which only then are cut into chunks."""
+        (B, S), P = ids.shape, held.cache.length
+        shown = _mask(mask, B, P + S)
         known = {}
         if positions is not None and POSITIONS in self._signature.inputs:
             along = _array(positions)[:, -S:].astype(self._signature.element(POSITIONS))
             known[POSITIONS] = np.ascontiguousarray(np.broadcast_to(along, (B, S)))
-        feeds = token_feeds(self._signature, ids, _mask(mask, B, T), known)
-        results = self.session.run(None, feeds, cache=held.cache)
-        held.holds(B)
+        ends = chunk_ends(P, S, PREFILL_CHUNK)
+        if not 0 < keep <= S - (0, *ends)[-2]:
+            ends = [S]
+        try:
+            for begin, end in pairwise((0, *ends)):
+                part = {name: np.ascontiguousarray(array[:, begin:end]) for name, array in known.items()}
+                feeds = token_feeds(self._signature, ids[:, begin:end], shown[:, : P + end], part, keep)
+                results = self.session.run(None, feeds, cache=held.cache)
+        except BaseException:
+            held.cache.crop(min(P, held.cache.length))
+            raise
         return logits_of(dict(zip(self._signature.outputs, results, strict=True)))
 
     def _ids(self, input_ids: torch.Tensor | None) -> IntArray:

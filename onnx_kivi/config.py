@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from .errors import ConfigError
-from .spec import CROSS, SELF, check_store_options, check_window
+from .spec import CROSS, IO_KINDS, NO_IO, SELF, check_kv_bytes, check_store_options, check_window
+from .spec_types import one_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,7 +20,9 @@ class KiviConfig:
     values, which no step adds to; they have no recent tokens, and so no residual. window: a query sees only so many
     tokens, itself the last of them, and what no query can see any more is freed; 0 = what the model sees.
     window_sinks: first tokens that stay in sight all the same (StreamingLLM, arXiv 2309.17453; positions are not
-    shifted). last_logits: the model gets an input num_logits_to_keep, unless it has one. Raises ConfigError.
+    shifted). last_logits: the model gets an input num_logits_to_keep, unless it has one. io: "none", or "ghost" for
+    hosts that carry a past from run to run. kv_bytes: bytes that caches may take under ghost I/O, 0 = what
+    ONNX_KIVI_KV_BYTES says. Raises ConfigError.
     """
 
     k_bits: int = 8
@@ -32,6 +35,8 @@ class KiviConfig:
     cross: bool = False
     window: int = 0
     window_sinks: int = 0
+    io: str = NO_IO
+    kv_bytes: int = 0
     last_logits: bool = False
 
     def __post_init__(self) -> None:
@@ -48,6 +53,10 @@ class KiviConfig:
                 k_bits, v_bits, self.block_tokens, self.v_group_size, self.residual_length, self.sink_length
             )
         check_window(self.window, self.window_sinks, self.sink_length)
+        one_of("io", self.io, IO_KINDS)
+        check_kv_bytes(self.kv_bytes)
+        if self.kv_bytes and self.io == NO_IO:
+            raise ConfigError(f"kv_bytes: expected 0 without ghost I/O, whose caches it limits, got {self.kv_bytes}")
 
     def bits(self, layer: int) -> tuple[int, int]:
         """(k_bits, v_bits) of one layer."""

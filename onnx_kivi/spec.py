@@ -35,6 +35,9 @@ NO_STEP = -1
 CONTROL_INPUTS = {HANDLE_INPUT: DEFAULT_HANDLE, PAST_LENGTH_INPUT: COMMITTED_LENGTH, NEW_LENGTH_INPUT: ALL_NEW}
 """The inputs that a rewritten model has beside the original's, with their defaults."""
 
+IO_KINDS = NO_IO, GHOST_IO = ("none", "ghost")
+"""What a rewritten model has in the place of past inputs and present outputs."""
+
 SELF = "self"
 CROSS = "cross"
 LATENT = "latent"
@@ -94,10 +97,7 @@ class StepAttributes(NodeAttributes):
 
     def __post_init__(self) -> None:
         self.check_version()
-        if not self.model_id:
-            raise ConfigError("model_id: expected a non-empty string, got ''")
-        if not (self.model_id.isascii() and self.model_id.isprintable()):
-            raise ConfigError("model_id: expected printable ASCII characters, got others")
+        check_model_id(self.model_id)
         between("layers", self.layers, 1, MAX_LAYERS)
 
 
@@ -154,6 +154,14 @@ class SdpaAttributes(NodeAttributes):
     def op(self) -> OpSpec:
         """The op of a node with these attributes."""
         return QUANTIZED_KV_SDPA if self.spec_version == 1 else QUANTIZED_KV_SDPA_V2
+
+
+def check_model_id(model_id: str) -> None:
+    """Raise ConfigError unless a model may be called so."""
+    if not model_id:
+        raise ConfigError("model_id: expected a non-empty string, got ''")
+    if not (model_id.isascii() and model_id.isprintable()):
+        raise ConfigError("model_id: expected printable ASCII characters, got others")
 
 
 def check_window(window: int, window_sinks: int, sink_length: int) -> None:
@@ -262,44 +270,61 @@ class GhostAttributes(NodeAttributes):
     """Attributes of CacheOpen and CacheStamp."""
 
     model_id: str = attribute("identity of the rewritten model", since=2)
-    kv_bytes: int = attribute("budget of all its caches; 0 = what ONNX_KIVI_KV_BYTES says, else none", 0, since=2)
+    kv_bytes: int = attribute(
+        "bytes that all caches of the process may take before those that stamps name are freed, used longest ago "
+        "first; 0 = what the environment says in ONNX_KIVI_KV_BYTES, else a quarter of the machine's memory",
+        0,
+        since=2,
+    )
     spec_version: int = attribute("version of this table", 2)
 
     def __post_init__(self) -> None:
         self.check_version()
-        between("kv_bytes", self.kv_bytes, 0, MAX_KV_BYTES)
+        check_model_id(self.model_id)
+        check_kv_bytes(self.kv_bytes)
 
 
-GHOSTS = tuple(
-    TensorSpec(f"past_{side}", "float", ("B", "G", "L", "C"), f"what the host carries as past {side}s: stamps")
-    for side in ("key", "value")
+def check_kv_bytes(kv_bytes: int) -> None:
+    """Raise ConfigError unless ghost caches can be told this budget."""
+    between("kv_bytes", kv_bytes, 0, MAX_KV_BYTES)
+
+
+STAMP_CHANNELS = 4
+"""Channels of a token, over all its heads, that a stamp takes."""
+
+GHOSTS = (
+    TensorSpec("new_shape", "int64", ("2",), "shape of the new tokens, (B, S)"),
+    TensorSpec("mask_shape", "int64", ("2",), "shape of the attention mask, (B, P + S)"),
+    *(
+        TensorSpec(f"past_{side}", "float", ("B", "G", "L", "C"), f"what the host carries as past {side}s: stamps")
+        for side in ("key", "value")
+    ),
 )
 
 CACHE_OPEN = OpSpec(
     name="CacheOpen",
     version=2,
-    doc="Finds the caches that the stamps of past keys and values name, reordered, cropped and forked as the host did "
-    "it to the stamps (ghost I/O).",
+    doc="Finds the cache that holds the past which the stamps name, reordered, cropped, copied and joined as the host "
+    "did it to the stamps.",
     inputs=(
         TensorSpec(HANDLE_INPUT, "int64", ("R",), "caches to use; 0 = read the stamps"),
-        TensorSpec(PAST_LENGTH_INPUT, "int64", ("R",), "tokens to keep, as the mask says"),
+        TensorSpec(PAST_LENGTH_INPUT, "int64", ("R",), "tokens to keep of these caches; -1 where stamps are read"),
         *GHOSTS,
     ),
     outputs=(
         TensorSpec(HANDLE_INPUT, "int64", ("R",), "for KvCacheStepV2"),
-        TensorSpec(PAST_LENGTH_INPUT, "int64", ("R",), "for KvCacheStepV2"),
+        TensorSpec(PAST_LENGTH_INPUT, "int64", ("R",), "for KvCacheStepV2; P where stamps are read"),
     ),
     attributes=GhostAttributes.specs(2),
-    built=False,
 )
 
 CACHE_STAMP = OpSpec(
     name="CacheStamp",
     version=2,
-    doc="Gives the new tokens of a step their stamps, behind those of the past (ghost I/O).",
+    doc="Gives the new tokens of a step their stamps, behind those of the past.",
     inputs=(
+        TensorSpec(HANDLE_INPUT, "int64", ("R",), "as CacheOpen has it; unless 0 the past is passed on as it is"),
         TensorSpec("step", "int64", ("1",), "the ticket of this run"),
-        TensorSpec("new_tokens", "int64", ("1",), "S"),
         *GHOSTS,
     ),
     outputs=tuple(
@@ -309,10 +334,10 @@ CACHE_STAMP = OpSpec(
         for side in ("key", "value")
     ),
     attributes=GhostAttributes.specs(2),
-    built=False,
 )
 
 STEP_OPS = (KV_CACHE_STEP.name, KV_CACHE_STEP_V2.name)
+GHOST_OPS = (CACHE_OPEN.name, CACHE_STAMP.name)
 ATTENTION_OPS = (QUANTIZED_KV_SDPA.name, QUANTIZED_KV_SDPA_V2.name)
 OPS = (KV_CACHE_STEP, QUANTIZED_KV_SDPA, KV_CACHE_STEP_V2, QUANTIZED_KV_SDPA_V2, CACHE_OPEN, CACHE_STAMP)
 

@@ -28,6 +28,7 @@ TEMPLATE = """\
 | P, T | past tokens, and P + N |
 | R | one number for all rows, or one for each: 1 or B |
 | Dk, Dv | channels of a key and of a value; they may differ |
+| G, L, C | heads, tokens and channels of what a host carries as its past; G * C is at least 4 |
 
 | limit | value |
 |---|---|
@@ -72,6 +73,31 @@ caches of one row each. It is a left-padded batch whose padding is not stored.
 3. Everything of a step is for all rows or for none: an error names the row, and leaves every cache as it was.
 4. A model may say in `one_length` why its rows must hold equally many tokens and take all S; a node of version 1
    always must.
+
+## Ghost I/O
+
+A model may keep the past inputs and present outputs of its first layer, so that hosts carry them from run to run as
+they do for any decoder: these hold stamps. One `CacheOpen` stands before the step and one `CacheStamp` behind it, and
+both take the graph input `cache_handle`. Where that is not 0, they pass on what they are given.
+
+1. P is the length of the mask less S. Past tensors hold P tokens, or are buffers of P + S or more. P = 0 is a new,
+   empty cache.
+2. The stamps name each row's tokens one by one. A run goes on in the cache that wrote them if that holds these rows,
+   in whatever order, and nothing more; otherwise in a copy, whose rows may come from several caches, cut to P.
+3. What is no stamp, or of another process, another model or the other side, is refused, as is a token that is not
+   where it was written, and a past whose cache was freed.
+4. When all caches of the process take more than `kv_bytes`, those that stamps name are freed, used longest ago first.
+   That the one in use takes more alone is an error.
+
+The stamp of a token is in the first four channels of its heads, taken one after the other. Each is a float32 whose
+bits are 010, then 29 bits:
+
+| channel | bits |
+|---|---|
+| 0 | a random number of the process, 28 bits; 0 for a key, 1 for a value |
+| 1 | the lower 29 bits of the number of the run |
+| 2 | its upper 13 bits; the row, 16 bits |
+| 3 | the position of the token |
 
 ## A node
 
@@ -186,8 +212,7 @@ def document() -> str:
 
 
 def _op_table(op: OpSpec) -> str:
-    built = "" if op.built else " Specified, not built yet: refused by name."
-    head = f"Version {op.version}. {op.doc}{built}"
+    head = f"Version {op.version}. {op.doc}"
     lines = [f"### {op.name}", "", head, "", "| | name | type | meaning |", "|---|---|---|---|"]
     for role, tensors in (("input", op.inputs), ("output", op.outputs)):
         lines += [f"| {role} | `{t.name}` | {t.element} ({', '.join(t.shape)}) | {t.meaning} |" for t in tensors]

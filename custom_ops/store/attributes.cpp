@@ -59,6 +59,13 @@ void one_of(const char* name, const Value& value, const std::vector<Value>& allo
     refuse(name, "one of " + joined(allowed), shown(value) + later);
 }
 
+void check_model_id(const std::string& model_id) {
+    if (model_id.empty()) refuse("model_id", "a non-empty string", "''");
+    if (!std::all_of(model_id.begin(), model_id.end(), is_printable)) {
+        refuse("model_id", "printable ASCII characters", "others");
+    }
+}
+
 const std::vector<std::string>& k_schemes() {
     static const std::vector<std::string> all{"digits:2",     "digits:2+token",      "digits:2.25", "digits:2.25+token",
                                               "digits:2.5",   "digits:2.5+token",    "digits:3",    "digits:3+token",
@@ -87,11 +94,14 @@ void refuse_unknown(const std::string& name, const std::vector<std::string>& kno
 
 void validate(const StepAttributes& attributes) {
     check_version(attributes.spec_version);
-    if (attributes.model_id.empty()) refuse("model_id", "a non-empty string", "''");
-    if (!std::all_of(attributes.model_id.begin(), attributes.model_id.end(), is_printable)) {
-        refuse("model_id", "printable ASCII characters", "others");
-    }
+    check_model_id(attributes.model_id);
     between("layers", attributes.layers, 1, MAX_LAYERS);
+}
+
+void validate(const GhostAttributes& attributes) {
+    check_version(attributes.spec_version);
+    check_model_id(attributes.model_id);
+    between("kv_bytes", attributes.kv_bytes, 0, MAX_KV_BYTES);
 }
 
 void validate(const SdpaAttributes& a) {

@@ -28,6 +28,7 @@ from ..rewrite import pipeline
 from ..run.session import Session, open_stepper
 from ..run.tokenizer import Tokenizer, chat
 from ..runtime.hosts import describe
+from ..spec import NO_IO
 from ..staging import check_target
 from .folder import RewrittenFolder, is_folder_wanted, only_model, rewrite_folder
 from .rewriting import NO, Request, Rewritten, check_writable, rewritten
@@ -65,7 +66,8 @@ def inspect_model(args: argparse.Namespace, progress: Progress) -> Outcome:
 
 def rewrite_model(args: argparse.Namespace, progress: Progress) -> Outcome:
     """Rewrite and verify a file or folder; nothing gets the name asked for before all is well."""
-    request = Request(_config(args), args.partial, "" if args.verify == NO else args.verify)
+    level = "" if args.verify == NO else args.verify
+    request = Request(_config(args), args.partial, level, chooses_io=args.io is None)
     output = Path(args.output)
     if is_folder_wanted(args.model, output):
         return _rewrite_folder(Path(args.model), output, request, args.copy_weights, progress)
@@ -89,7 +91,7 @@ def _rewrite_file(source: Path, output: Path, request: Request, progress: Progre
     findings = pipeline.examine(model, cross=request.config.cross, source=source)
     done = rewritten(source, model, findings, request, output, progress)
     weights = () if done.failure else graph.save(model, output)
-    view = partial(rewrite_view, done.report, [output, *weights], done.checked, _said_of_window(request.config))
+    view = partial(rewrite_view, done, [output, *weights], _said_of_window(request.config))
     return _said_of_rewriting(done, output, view)
 
 
@@ -246,6 +248,8 @@ def _config(args: argparse.Namespace) -> KiviConfig:
         cross=args.cross,
         window=args.window,
         window_sinks=args.window_sinks,
+        io=args.io or NO_IO,
+        kv_bytes=args.kv_bytes,
         last_logits=args.last_logits,
     )
 

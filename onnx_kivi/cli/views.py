@@ -18,9 +18,9 @@ from ..measure.kernel_bench import KernelBench
 from ..measure.model_bench import Row
 from ..measure.perplexity import Evaluation
 from ..measure.verify import Verification
-from ..rewrite.report import Report
 from ..runtime.cache import Cache
 from .folder import RewrittenFolder
+from .rewriting import Rewritten
 
 
 def size(count: int) -> str:
@@ -67,10 +67,9 @@ def _as_is(checked: Verification) -> str | None:
     return f"compared without that; with it mean KL is {checked.as_is_kl:.1e}; {own}"
 
 
-def rewrite_view(
-    report: Report, files: Sequence[Path], checked: Verification | None, window: str | None = None
-) -> Table:
+def rewrite_view(done: Rewritten, files: Sequence[Path], window: str | None = None) -> Table:
     """Table of a rewrite into `files`, with what its window loses and its verification, if there are any."""
+    report = done.report
     families = sorted({site.family for site in report.sites})
     table = facts(
         {
@@ -78,13 +77,14 @@ def rewrite_view(
             "with its weights in": ", ".join(str(file) for file in files[1:]) or None,
             "attention sites": f"{len(report.sites)} ({', '.join(families)})",
             "left as they are": len(report.misses) or None,
-            "cache inputs and outputs removed": len(report.removed_inputs) + len(report.removed_outputs),
+            "I/O": done.io,
+            "cache inputs and outputs removed": len(done.removed_inputs) + len(done.removed_outputs),
             "window": window,
-            "verified": None if checked else "no (--no-verify)",
+            "verified": None if done.checked else "no (--no-verify)",
         },
         title="rewrite",
     )
-    return _with_verification(table, checked)
+    return _with_verification(table, done.checked)
 
 
 def folder_view(done: RewrittenFolder, output: Path, window: str | None) -> Table:
@@ -92,7 +92,7 @@ def folder_view(done: RewrittenFolder, output: Path, window: str | None) -> Tabl
     table = facts(
         {
             "written": output,
-            **{name: f"{len(model.report.sites)} attention sites" for name, model in done.models.items()},
+            **{name: _said_of(model) for name, model in done.models.items()},
             "other files": done.copied,
             "window": window,
             "verified": None if done.checked else "no (--no-verify)",
@@ -100,6 +100,11 @@ def folder_view(done: RewrittenFolder, output: Path, window: str | None) -> Tabl
         title="rewrite",
     )
     return _with_verification(table, done.checked)
+
+
+def _said_of(model: Rewritten) -> str:
+    reason = "" if model.ghost or not model.report.no_ghost else f" (ghost I/O: {model.report.no_ghost})"
+    return f"{len(model.report.sites)} attention sites; I/O: {model.io}{reason}"
 
 
 def _with_verification(table: Table, checked: Verification | None) -> Table:

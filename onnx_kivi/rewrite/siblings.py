@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from ..graph import Model, copied, fingerprint, set_attribute
-from ..spec import ATTENTION_OPS, DENSE_BITS, STEP_OPS
+from ..spec import ATTENTION_OPS, DENSE_BITS, GHOST_OPS, STEP_OPS
 
 
 def dense(rewritten: Model) -> Model:
@@ -22,5 +22,5 @@ def _with(rewritten: Model, attributes: Mapping[str, int]) -> Model:
     model = copied(rewritten)
     for name, value in attributes.items():
         set_attribute(model, ATTENTION_OPS, name, value)
-    set_attribute(model, STEP_OPS, "model_id", fingerprint(model))
+    set_attribute(model, (*STEP_OPS, *GHOST_OPS), "model_id", fingerprint(model))
     return model

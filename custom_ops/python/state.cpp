@@ -34,7 +34,14 @@ nb::tuple export_tokens(const SlotLayout& layout, int64_t tokens, const Fill& fi
     return nb::make_tuple(key, value);
 }
 
-// An array if the side is dense, else (codes, lo, scale).
+template <class Number>
+Number* add_part(nb::list& parts, std::vector<int64_t> shape, bool present, nb::dlpack::dtype type) {
+    auto [array, data] = make_array<Number>(present ? std::move(shape) : std::vector<int64_t>{0}, type);
+    parts.append(array);
+    return present ? data : nullptr;
+}
+
+// An array if the side is dense, else a tuple of the parts of its codes, empty where its scheme has them not.
 std::pair<nb::object, SideState> make_side(const SlotLayout& layout, bool dense, bool key) {
     const SlotShape& shape = layout.blocks.shape;
     const Side& side = key ? layout.blocks.key : layout.blocks.value;
@@ -44,14 +51,18 @@ std::pair<nb::object, SideState> make_side(const SlotLayout& layout, bool dense,
         memory.dense = data;
         return {array, memory};
     }
-    const int64_t rows = key ? shape.k_size : layout.block_tokens, columns = key ? layout.block_tokens : shape.v_size;
-    std::vector<int64_t> params{shape.kv_heads, rows};
+    const int64_t heads = shape.kv_heads, columns = key ? layout.block_tokens : shape.v_size;
+    std::vector<int64_t> params{heads, side.params};
     if (!key) params.push_back(side.groups);
-    auto [codes, code_data] = make_array<unsigned char>({shape.kv_heads, rows, (columns * side.bits + 7) / 8}, UINT8);
-    auto [lo, lo_data] = make_array<uint16_t>(params, FLOAT16);
-    auto [scale, scale_data] = make_array<uint16_t>(params, FLOAT16);
-    memory.quantized = {code_data, lo_data, scale_data};
-    return {nb::make_tuple(codes, lo, scale), memory};
+    nb::list parts;
+    CanonicalSide& to = memory.quantized;
+    to.codes = add_part<unsigned char>(parts, {heads, side.depth, (columns * side.bits + 7) / 8}, true, UINT8);
+    to.lo = add_part<uint16_t>(parts, params, !side.symmetric, FLOAT16);
+    to.scale = add_part<uint16_t>(parts, params, true, FLOAT16);
+    to.digits = add_part<unsigned char>(parts, {heads, (side.params * 2 + 7) / 8}, side.digits, UINT8);
+    to.token = add_part<unsigned char>(parts, {heads, layout.block_tokens}, side.tokens, UINT8);
+    to.unit = add_part<uint16_t>(parts, {heads}, side.tokens, FLOAT16);
+    return {nb::tuple(parts), memory};
 }
 
 // ((sink key, sink value), freed, [block, ...], (residual key, residual value))
@@ -99,8 +110,9 @@ public:
     }
 
     SideArrays side(nb::handle given) {
-        if (!nb::isinstance<nb::tuple>(given)) return {true, view(given), {}, {}, {}};
-        return {false, {}, view(given[0]), view(given[1]), view(given[2])};
+        if (!nb::isinstance<nb::tuple>(given)) return {true, view(given), {}, {}, {}, {}, {}, {}};
+        return {false,         {}, view(given[0]), view(given[1]), view(given[2]), view(given[3]), view(given[4]),
+                view(given[5])};
     }
 
     RowArrays row(nb::handle given) {

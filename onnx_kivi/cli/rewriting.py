@@ -14,7 +14,10 @@ from ..measure.verify import Verification, verify
 from ..progress import Progress
 from ..rewrite.pipeline import Findings, carry_out
 from ..rewrite.report import Report
+from ..rewrite.savings import bits_of
 from ..staging import staging_folder
+
+LONG_CONTEXT = 16384
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +35,7 @@ class Rewritten:
 
     report: Report
     checked: Verification | None
+    config: KiviConfig
 
     @property
     def failure(self) -> str:
@@ -43,6 +47,7 @@ class Rewritten:
         return self.report.to_dict() | {
             "removed_inputs": self.report.removed_inputs,
             "removed_outputs": self.report.removed_outputs,
+            "bits_at_16k": bits_of(self.report.sites, self.config, LONG_CONTEXT),
             "verify": self.checked.to_dict() if self.checked else None,
         }
 
@@ -65,8 +70,8 @@ def rewritten(
         carry_out(findings, whole, replace(config, window=0, window_sinks=0), partial=request.partial)
     carry_out(findings, model, config, partial=request.partial)
     if not request.verify:
-        return Rewritten(report, None)
+        return Rewritten(report, None, config)
     with staging_folder(output) as folder:
         staged = folder / output.name
         graph.save(whole, staged, link=True)
-        return Rewritten(report, verify(source, staged, report=report, progress=progress))
+        return Rewritten(report, verify(source, staged, report=report, progress=progress), config)

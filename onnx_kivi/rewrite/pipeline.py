@@ -10,6 +10,7 @@ from ..errors import ConfigError, UnsupportedModelError
 from ..graph import Model, copied, fingerprint, load, set_attribute
 from ..patterns import DecoderGraph
 from ..spec import ATTENTION_OPS, DENSE_BITS, STEP_OPS
+from ..spec_schemes import AFFINE
 from .admit import admit
 from .check import check
 from .emit import emit
@@ -79,8 +80,9 @@ def examine(model: Model, *, cross: bool = False) -> Findings:
 def dense(rewritten: Model) -> Model:
     """A copy of a rewritten model that keeps its caches in float32."""
     model = copied(rewritten)
-    for name in ("k_bits", "v_bits"):
-        set_attribute(model, ATTENTION_OPS, name, DENSE_BITS)
+    for side in "kv":
+        set_attribute(model, ATTENTION_OPS, f"{side}_bits", DENSE_BITS)
+        set_attribute(model, ATTENTION_OPS, f"{side}_scheme", AFFINE)
     set_attribute(model, STEP_OPS, "model_id", fingerprint(model))
     return model
 

@@ -17,6 +17,7 @@ import math
 from dataclasses import dataclass
 
 from .errors import ConfigError
+from .spec_schemes import AFFINE, K_SCHEMES, V_SCHEMES, check_schemes
 from .spec_types import MAX_SIZE, VERSIONS, NodeAttributes, OpSpec, TensorSpec, attribute, between, one_of
 
 DOMAIN = "onnx_kivi"
@@ -44,20 +45,14 @@ LATENT = "latent"
 
 DENSE_BITS = 32
 BITS = (2, 4, 8, DENSE_BITS)
+VALUE_BITS = (2, 3, 4, 8, DENSE_BITS)
 MAX_BLOCK_TOKENS = 1024
 MAX_LAYERS = MAX_SLOT = MAX_SINK_LENGTH = MAX_SIZE
 MAX_RESIDUAL_LENGTH = MAX_V_GROUP_SIZE = 1 << 20
 MAX_WINDOW = MAX_KV_BYTES = 1 << 40
 
-AFFINE = "affine"
-K_SCHEMES = (
-    AFFINE,
-    *(f"digits:{average}{token}" for average in ("2", "2.25", "2.5", "3") for token in ("", "+token")),
-    "affine+token",
-    "affine+token+rotated",
-)
-V_SCHEMES = (AFFINE, "symmetric+rotated")
 FLOAT32, FLOAT16 = "float32", "float16"
+K_SCHEME_NAMES, V_SCHEME_NAMES = (", ".join(f"`{name}`" for name in names) for names in (K_SCHEMES, V_SCHEMES))
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,7 +105,7 @@ class SdpaAttributes(NodeAttributes):
         "`self`: grows with each step; `cross`: filled once, never cropped; `latent`: not built", SELF
     )
     k_bits: int = attribute("bits of a sealed key code: 2, 4, 8; 32 keeps keys in f32", 8)
-    v_bits: int = attribute("bits of a sealed value code: 2, 4, 8; 32 keeps values in f32", 8)
+    v_bits: int = attribute("bits of a sealed value code: 2, 3, 4, 8; 32 keeps values in f32", 8)
     block_tokens: int = attribute("tokens sealed at once, and the tokens that share a key channel's parameters", 64)
     v_group_size: int = attribute("channels of a token that share value parameters; 0 = the whole row", 64)
     residual_length: int = attribute("most recent tokens that stay f32", 128)
@@ -124,8 +119,8 @@ class SdpaAttributes(NodeAttributes):
     )
     evict: int = attribute("1: blocks that the window hides from every query to come are freed", 0, since=2)
     window_sinks: int = attribute("first tokens that a query sees beside its window", 0, since=2)
-    k_scheme: str = attribute("how key codes are made: `affine` (per channel of a block)", AFFINE, since=2)
-    v_scheme: str = attribute("how value codes are made: `affine` (per token and group)", AFFINE, since=2)
+    k_scheme: str = attribute(f"how key codes are made: {K_SCHEME_NAMES}", AFFINE, since=2)
+    v_scheme: str = attribute(f"how value codes are made: {V_SCHEME_NAMES}", AFFINE, since=2)
     dense_element: str = attribute("type of what stays as given: `float32`", FLOAT32, since=2)
     spec_version: int = attribute("version of this table", VERSIONS[0])
 
@@ -142,8 +137,7 @@ class SdpaAttributes(NodeAttributes):
         one_of("evict", self.evict, (0, 1))
         if self.evict and not (self.window and self.kind == SELF):
             raise ConfigError(f"evict: expected 0 without a window over a slot that grows, got {self.evict}")
-        one_of("k_scheme", self.k_scheme, (AFFINE,), K_SCHEMES)
-        one_of("v_scheme", self.v_scheme, (AFFINE,), V_SCHEMES)
+        check_schemes(self.k_scheme, self.k_bits, self.v_scheme, self.v_bits)
         one_of("dense_element", self.dense_element, (FLOAT32,), (FLOAT16,))
         if not math.isfinite(self.scale):
             raise ConfigError(f"scale: expected a finite number, got {self.scale:g}")
@@ -180,7 +174,7 @@ def check_store_options(
 ) -> None:
     """Raise ConfigError unless the quantization options are ones that the op knows."""
     one_of("k_bits", k_bits, BITS)
-    one_of("v_bits", v_bits, BITS)
+    one_of("v_bits", v_bits, VALUE_BITS)
     between("block_tokens", block_tokens, 1, MAX_BLOCK_TOKENS)
     between("v_group_size", v_group_size, 0, MAX_V_GROUP_SIZE)
     between("residual_length", residual_length, 0, MAX_RESIDUAL_LENGTH)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from . import spec
+from . import spec, spec_schemes
 from .spec import OPS
 from .spec_types import VERSIONS, OpSpec
 
@@ -157,14 +157,62 @@ All in f32, division correctly rounded, ties to even, subnormals kept, nothing c
 The error is at most half a step. A side that holds NaN or infinity, or any group of which has an infinite lo or
 scale, stays f32 for that block.
 
-Codes are packed along the last axis of the arrays below, lowest bits first, each row padded with zeros to a whole
-byte.
+That is the scheme `affine`, of either side.
+
+## Schemes
+
+Version 2 has others. `lane_sum` adds terms i, i + 16, i + 32, ... in order, from 0, in lane i of 16, then the upper
+half of the lanes to the lower one, four times. `rotated` multiplies by a Hadamard matrix, over its norm, for each power
+of two that adds up to the head size, the largest first: 96 channels are 64 and 32. For h = 1, 2, 4, ... below the size
+of a matrix (x_i, x_i+h) becomes (x_i + x_i+h, x_i - x_i+h), then all are multiplied by float32 of size^-1/2. It undoes
+itself.
+
+Keys:
+
+- `+rotated`: the keys of a block are rotated before all else. The scores are those of the rotated query.
+- `+token`: then each is divided by the scale of its token. Scores are multiplied by it.
+
+      rms   = sqrt(lane_sum(k_c^2) / Dk)
+      unit  = float16 toward +inf of (the block's largest rms / {TOKEN_SCALES[1]}), at least 2^-14
+      token = clamp(round(rms / unit), {TOKEN_SCALES[0]}, {TOKEN_SCALES[1]}); the scale is token * unit
+
+- `affine`: then codes as above. `digits:A`: `k_bits` is 2, and a block spends N = round(Dk * A / 2), ties to even,
+  digits of two bits on each head. A channel of 1, 2 or 3 digits has lo, scale and codes as above at 2, 4 or 6 bits, one
+  without digits lo = float16 nearest of lane_sum(k_t) / block_tokens, and scale 0. With error_d = lane_sum((k_t -
+  k'_t)^2) of d digits, the gain of a channel's digit d is error_d-1 - error_d, at most the gain of digit d - 1. The N
+  largest gains get a digit; of equal ones the lower digit, then the lower channel. A code is the sum of 4^e times digit
+  e.
+
+Values, `{SYMMETRIC}` (2, 3 or 4 bits): the values of each token are rotated; what the products of a run give is rotated
+back. Groups as above, around zero: x' = scale * (code - c), c = (2^bits - 1) / 2.
+
+    code(x, s) = clamp(round(x * (1 / s) + c), 0, 2^bits - 1), 1 / s = 0 where s is 0
+    rms        = sqrt(lane_sum(x_i^2) / channels of the group)
+
+For s = rms * f * start {starts}, rounded to float32, f = {factors}, and
+n_i = 2 code(x_i, s) - 2 c: a = lane_sum(x_i n_i), b = lane_sum(n_i^2). Of the first s with the largest a * a / b,
+scale = float16 nearest of 2 max(a, 0) / b, and the codes are code(x, scale).
+
+A side that holds NaN or infinity, or needs a parameter that is infinite (of digits those of 1, 2 and 3 for every
+channel), stays f32 for that block.
+
+## The arrays of a block
+
+Codes are packed along the last axis, lowest bits first, each row padded with zeros to a whole byte.
 
 | array | keys | values |
 |---|---|---|
 | codes, u8 | (Hkv, Dk, ceil(block_tokens * k_bits / 8)) | (Hkv, block_tokens, ceil(Dv * v_bits / 8)) |
-| lo, scale, float16 | (Hkv, Dk) | (Hkv, block_tokens, ceil(Dv / v_group_size)) |
+| codes of digits, u8 | (Hkv, N, ceil(block_tokens * 2 / 8)) | |
+| lo, float16 | (Hkv, Dk) | (Hkv, block_tokens, ceil(Dv / v_group_size)), `affine` only |
+| scale, float16 | (Hkv, Dk) | (Hkv, block_tokens, ceil(Dv / v_group_size)) |
+| digits of each channel, u8 | (Hkv, ceil(Dk * 2 / 8)), `digits` only | |
+| token, u8 | (Hkv, block_tokens), `+token` only | |
+| unit, float16 | (Hkv), `+token` only | |
 | dense, f32 | (Hkv, block_tokens, Dk) | (Hkv, block_tokens, Dv) |
+
+The rows of digits are digit 0 of each channel that has one, in ascending order, then digit 1 of each that has two, then
+digit 2.
 
 ## The cache file
 
@@ -193,8 +241,8 @@ Version 2 has `"lengths": [tokens of each row]` in the place of `length`, and in
 
 without those that hold nothing. Slots are in ascending order. `blocks`, or `{SEALED}`, has two letters per block, keys
 and values: `q` for codes, `d` for f32. Arrays, for each slot and each of its rows: keys then values of the sinks; for
-each block its keys then its values, each codes, lo, scale, or the dense array; keys then values of the residual. A slot
-that holds nothing has no rows.
+each block its keys then its values, each its arrays as above, or the dense array; keys then values of the residual. A
+slot that holds nothing has no rows.
 
 A reader trusts nothing: sizes, types, parameters (finite, scale at least 2^-14) and the checksum are checked before
 a cache is made. [examples/read_cache.py](../examples/read_cache.py) reads a file in 40 lines of Python and NumPy,
@@ -203,11 +251,13 @@ and [tests/golden](../tests/golden) holds files and blocks that every version mu
 
 def document() -> str:
     """The text of SPEC.md."""
-    facts = {name: value for name, value in vars(spec).items() if name.isupper()}
+    facts = {name: value for module in (spec, spec_schemes) for name, value in vars(module).items() if name.isupper()}
     limits = "\n".join(f"| `{name}` | {value:,} |" for name, value in facts.items() if name.startswith("MAX_"))
     lists = {"versions": VERSIONS, "formats": spec.FORMAT_VERSIONS}
     words = {name: " and ".join(map(str, values)) for name, values in lists.items()}
     segments = "\n".join(f"| `{s.tag}` | {s.meaning}{'' if s.built else '; not built yet'} |" for s in spec.SEGMENTS)
+    starts = ", ".join(f"{start:g} at {bits}" for bits, start in spec_schemes.STARTS.items()) + " bits"
+    words |= {"starts": f"({starts})", "factors": ", ".join(map(str, spec_schemes.FACTORS))}
     return TEMPLATE.format(limits=limits, ops="\n".join(map(_op_table, OPS)), segments=segments, **words, **facts)
 
 

@@ -60,6 +60,9 @@ struct RowOptions {
 
     bool operator==(const RowOptions&) const = default;
     bool is_cross() const { return kind == "cross"; }
+    bool has_token_scales() const { return k_scheme.find("+token") != std::string::npos; }
+    bool rotates_keys() const { return k_scheme.find("+rotated") != std::string::npos; }
+    bool has_symmetric_values() const { return v_scheme == "symmetric+rotated"; }
 
     template <class Self, class Visitor>
     static void fields(Self& self, Visitor&& visit) {
@@ -79,6 +82,9 @@ struct RowOptions {
         visit("dense_element", self.dense_element);
     }
 };
+
+// Digits of two bits that a block spends on one head's keys; 0 where each channel has a code of k_bits.
+KIVI_API int64_t digits_of(const RowOptions& options, int64_t k_size);
 
 struct SdpaAttributes {
     static constexpr int REQUIRED = 1;

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from .. import graph
-from ..config import KiviConfig, parse_layer_bits
+from ..config import PRESETS, KiviConfig, parse_layer_bits
 from ..errors import ConfigError
 from ..measure import batch_bench as bench_batch
 from ..measure import demo as demo_run
@@ -236,10 +236,8 @@ def info(args: argparse.Namespace, progress: Progress) -> Outcome:  # noqa: ARG0
 
 
 def _config(args: argparse.Namespace) -> KiviConfig:
-    both = 8 if args.bits is None else args.bits
     return KiviConfig(
-        k_bits=both if args.k_bits is None else args.k_bits,
-        v_bits=both if args.v_bits is None else args.v_bits,
+        **_sides(args),
         block_tokens=args.block_tokens,
         v_group_size=args.v_group_size,
         residual_length=args.residual,
@@ -252,6 +250,20 @@ def _config(args: argparse.Namespace) -> KiviConfig:
         kv_bytes=args.kv_bytes,
         last_logits=args.last_logits,
     )
+
+
+def _sides(args: argparse.Namespace) -> Mapping[str, Any]:
+    """Bits and schemes, of the preset or as they are given. Raises ConfigError for both."""
+    given = {
+        "k_bits": args.bits if args.k_bits is None else args.k_bits,
+        "v_bits": args.bits if args.v_bits is None else args.v_bits,
+        "k_scheme": args.k_scheme,
+        "v_scheme": args.v_scheme,
+    }
+    chosen = {name: value for name, value in given.items() if value is not None}
+    if args.preset and chosen:
+        raise ConfigError(f"--preset: expected no bits and no schemes beside {args.preset}, got {', '.join(chosen)}")
+    return PRESETS[args.preset] if args.preset else chosen
 
 
 def _said_of_window(config: KiviConfig) -> str | None:

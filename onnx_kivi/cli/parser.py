@@ -19,10 +19,12 @@ from typing import Any, NoReturn
 from rich.console import Console
 
 from .. import __version__
+from ..config import PRESETS
 from ..errors import KiviError
 from ..measure.plans import FULL, LEVELS, QUICK
 from ..progress import Progress
 from ..spec import BITS, IO_KINDS, MAX_KV_BYTES
+from ..spec_schemes import AFFINE, K_SCHEMES, V_SCHEMES
 from . import commands
 from .progress_bar import progress_bar
 from .rewriting import NO
@@ -33,6 +35,8 @@ FAILED = 1
 BAD_INPUT = 2
 INTERRUPTED = 130
 TERMINATED = 143
+
+PRESET_HELP = "bits and schemes by name, best first"
 
 
 def _whole(least: int, most: int) -> Callable[[str], int]:
@@ -288,9 +292,12 @@ def _tokenizer(parser: argparse.ArgumentParser) -> None:
 
 
 def _quantization(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--preset", choices=PRESETS, help=PRESET_HELP)
     parser.add_argument("--bits", type=int, metavar="N", help="of keys and values: 8 (default), 4, 2, or 32 = dense")
     parser.add_argument("--k-bits", type=int, metavar="N", help="of keys (default: --bits)")
     parser.add_argument("--v-bits", type=int, metavar="N", help="of values (default: --bits)")
+    parser.add_argument("--k-scheme", metavar="NAME", help=f"{', '.join(K_SCHEMES)} (default {AFFINE}; see SPEC.md)")
+    parser.add_argument("--v-scheme", metavar="NAME", help=f"{', '.join(V_SCHEMES)} (default {AFFINE})")
     parser.add_argument("--block-tokens", type=int, default=64, metavar="N", help="tokens sealed at once (default 64)")
     parser.add_argument("--v-group-size", type=int, default=64, metavar="N", help="channels; 0 = all (default 64)")
     parser.add_argument("--residual", type=int, default=128, metavar="N", help="recent tokens in f32 (default 128)")

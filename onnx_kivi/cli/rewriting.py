@@ -15,10 +15,12 @@ from ..progress import Progress
 from ..rewrite.ghost import Carried
 from ..rewrite.pipeline import Findings, carry_out
 from ..rewrite.report import Report
+from ..rewrite.savings import bits_of
 from ..spec import GHOST_IO, NO_IO
 from ..staging import staging_folder
 
 NO = "no"
+LONG_CONTEXT = 16384
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +51,7 @@ class Rewritten:
     report: Report
     checked: Verification | None
     ghost: Carried | None
+    config: KiviConfig
 
     @property
     def io(self) -> str:
@@ -76,6 +79,7 @@ class Rewritten:
             "io": self.io,
             "removed_inputs": self.removed_inputs,
             "removed_outputs": self.removed_outputs,
+            "bits_at_16k": bits_of(self.report.sites, self.config, LONG_CONTEXT),
             "verify": self.checked.to_dict() if self.checked else None,
         }
 
@@ -99,9 +103,9 @@ def rewritten(
         carry_out(findings, whole, replace(config, window=0, window_sinks=0), partial=request.partial)
     carry_out(findings, model, config, partial=request.partial)
     if not request.verify:
-        return Rewritten(report, None, ghost)
+        return Rewritten(report, None, ghost, config)
     with staging_folder(output) as folder:
         staged = folder / output.name
         graph.save(whole, staged, link=True)
         checked = verify(source, staged, level=request.verify, report=report, progress=progress)
-        return Rewritten(report, checked, ghost)
+        return Rewritten(report, checked, ghost, config)

@@ -13,6 +13,7 @@ from rich.text import Text
 
 from ..measure.batch_bench import Row as StreamsRow
 from ..measure.demo import Demo, Share
+from ..measure.divergence import KlDivergence, Uncertain
 from ..measure.host_bench import HostCost
 from ..measure.kernel_bench import KernelBench
 from ..measure.model_bench import Row
@@ -130,20 +131,33 @@ def generated_view(data: Mapping[str, Any], cache: Cache) -> Table:
 
 def perplexity_view(result: Evaluation) -> Table:
     """Figures of an evaluation."""
-
-    def number(value: float | None, form: str) -> str | None:
-        return None if value is None else format(value, form)
-
+    original = None if result.reference_ppl is None else f"{result.reference_ppl:.4f}"
     return facts(
         {
             "perplexity": f"{result.ppl:.4f} over {result.tokens} tokens",
-            "perplexity of the original": number(result.reference_ppl, ".4f"),
-            "mean KL to the original": number(result.mean_kl, ".2e"),
-            "top-1 agreement": number(result.top1_agreement, ".4f"),
+            "perplexity of the original": original,
+            **(_divergence_facts(result.divergence) if result.divergence else {}),
             "tokens quantized at the end of a window": result.sealed_tokens,
         },
         title="perplexity",
     )
+
+
+def _divergence_facts(found: KlDivergence) -> dict[str, str]:
+    """Rows about a distance to the original."""
+
+    def mean(x: Uncertain, form: str) -> str:
+        return f"{x.value:{form}} \N{PLUS-MINUS SIGN} {x.error:.1e}"
+
+    percentiles = ", ".join(f"{share}% {value:.1e}" for share, value in found.kl_percentiles.items())
+    return {
+        "mean KL to the original": mean(found.kl, ".2e"),
+        "largest KL": f"{found.kl_max:.2e}",
+        "percentiles of KL": percentiles,
+        "mean change of p": mean(found.delta_p, ".2e"),
+        "rms change of p": mean(found.delta_p_rms, ".2e"),
+        "top-1 agreement": mean(found.same_top, ".4f"),
+    }
 
 
 def info_view(data: Mapping[str, Any]) -> Table:

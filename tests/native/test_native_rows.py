@@ -135,7 +135,7 @@ def test_a_model_that_needs_one_length_says_why(rng: np.random.Generator) -> Non
 @pytest.mark.parametrize(
     ("wire", "kind", "message"),
     [
-        ({"k_scheme": "digits:2"}, ConfigError, "k_scheme: expected one of affine, got 'digits:2'; digits:2 is spec"),
+        ({"k_scheme": "digits:4"}, ConfigError, "k_scheme: expected one of affine, digits:2, digits:2+token"),
         ({"dense_element": "float16"}, ConfigError, "float16 is specified but not built yet"),
         ({"window_sinks": 1}, ConfigError, "window_sinks: expected at most sink_length, 1, and a window"),
         ({"spec_version": 3}, SpecMismatchError, "spec_version: expected 1 or 2, got 3"),

@@ -26,9 +26,9 @@ struct Part {
     std::vector<int64_t> shape;
 };
 
-int64_t elements(const Part& part);
-const char* element_name(Element element);  // as NumPy calls it
-int64_t element_bytes(Element element);
+KIVI_API int64_t elements(const Part& part);
+KIVI_API const char* element_name(Element element);  // as NumPy calls it
+KIVI_API int64_t element_bytes(Element element);
 
 // The arrays of one side of a block, in the order of files: one if it is dense, else those of CanonicalSide, empty
 // where its scheme has them not.

@@ -124,11 +124,15 @@ def _same_nodes(makers: tuple[Node | None, Node | None], past: str, alone: str) 
 
 
 def _may_differ(branches: Branches, past: str, alone: str) -> bool:
-    """Whether a past may shift what two tensors hold: a mask or a position, but no constant of floats."""
-    values = branches.with_past.constant(past), branches.without.constant(alone)
-    if all(value is not None and value.dtype.kind not in LISTS for value in values):
+    """Whether a past may shift what two tensors hold: they are computed, of no more than masks and positions are."""
+    if _is_given(branches.with_past, past) and _is_given(branches.without, alone):
         return False
     return _stands_alone(branches.with_past, past) and _stands_alone(branches.without, alone)
+
+
+def _is_given(graph: Graph, tensor: str) -> bool:
+    maker = graph.producer(tensor)
+    return maker is None or maker.op == "Constant"
 
 
 def _stands_alone(graph: Graph, tensor: str) -> bool:

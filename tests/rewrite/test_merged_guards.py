@@ -89,6 +89,19 @@ NEAR_MISSES: dict[str, tuple[dict[str, Any], str]] = {
         | {"else_query": "once = MatMul(query, weight) projected = Mul(once, three_f)", "change": two_and_three},
         "two_f in the branch with a past and three_f in the other are not the same",
     ),
+    "another place in a list": (
+        {"else_query": "all = MatMul(query, weight) projected = Gather<axis=2>(all, two)"}
+        | {"then_query": "all = MatMul(query, weight) projected = Gather<axis=2>(all, one)"},
+        "one in the branch with a past and two in the other are not the same",
+    ),
+    "other tokens": (
+        {
+            "inputs": {"ids": "int64[B,4,S] ids", "others": "int64[B,4,S] others"},
+            "then_query": "more = Gather(weight, ids) moved = Add(query, more) projected = MatMul(moved, weight)",
+            "else_query": "more = Gather(weight, others) moved = Add(query, more) projected = MatMul(moved, weight)",
+        },
+        "ids in the branch with a past and others in the other are not the same",
+    ),
     "another axis": (
         {"else_self": "weights = Softmax<axis=2>(scores) attended = MatMul(weights, present_0_value)"},
         "Softmax .* in the branch with a past and Softmax .* in the other are not the same",

@@ -22,8 +22,11 @@ struct ArrayView {
 struct SideArrays {
     bool is_dense = false;
     ArrayView dense;
-    ArrayView codes, lo, scale;
+    ArrayView codes, lo, scale, digits, token, unit;
 };
+
+// A side of these arrays, in the order of files.
+KIVI_API SideArrays side_arrays(const std::vector<ArrayView>& arrays, bool dense);
 
 struct BlockArrays {
     SideArrays key, value;

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,8 +13,9 @@ from typing import Any
 import numpy as np
 
 from .. import graph
-from ..config import KiviConfig, parse_layer_bits
+from ..config import PRESETS, KiviConfig, parse_layer_bits
 from ..errors import ConfigError
+from ..measure import batch_bench as bench_batch
 from ..measure import demo as demo_run
 from ..measure import host_bench as bench_host
 from ..measure import kernel_bench as bench_kernel
@@ -27,10 +28,12 @@ from ..rewrite import pipeline
 from ..run.session import Session, open_stepper
 from ..run.tokenizer import Tokenizer, chat
 from ..runtime.hosts import describe
+from ..spec import NO_IO
 from ..staging import check_target
 from .folder import RewrittenFolder, is_folder_wanted, only_model, rewrite_folder
-from .rewriting import Request, Rewritten, check_writable, rewritten
+from .rewriting import NO, Request, Rewritten, check_writable, rewritten
 from .views import (
+    batch_bench_view,
     bench_view,
     demo_view,
     folder_view,
@@ -63,7 +66,8 @@ def inspect_model(args: argparse.Namespace, progress: Progress) -> Outcome:
 
 def rewrite_model(args: argparse.Namespace, progress: Progress) -> Outcome:
     """Rewrite and verify a file or folder; nothing gets the name asked for before all is well."""
-    request = Request(_config(args), args.partial, not args.no_verify)
+    level = "" if args.verify == NO else args.verify
+    request = Request(_config(args), args.partial, level, chooses_io=args.io is None)
     output = Path(args.output)
     if is_folder_wanted(args.model, output):
         return _rewrite_folder(Path(args.model), output, request, args.copy_weights, progress)
@@ -87,7 +91,7 @@ def _rewrite_file(source: Path, output: Path, request: Request, progress: Progre
     findings = pipeline.examine(model, cross=request.config.cross, source=source)
     done = rewritten(source, model, findings, request, output, progress)
     weights = () if done.failure else graph.save(model, output)
-    view = partial(rewrite_view, done.report, [output, *weights], done.checked, _said_of_window(request.config))
+    view = partial(rewrite_view, done, [output, *weights], _said_of_window(request.config))
     return _said_of_rewriting(done, output, view)
 
 
@@ -103,6 +107,7 @@ def verify_model(args: argparse.Namespace, progress: Progress) -> Outcome:
     checked = verify(
         model_path(args.original),
         model_path(args.rewritten),
+        level=args.level,
         prompt=args.prompt,
         steps=args.steps,
         batch=args.batch,
@@ -183,6 +188,19 @@ def bench(args: argparse.Namespace, progress: Progress) -> Outcome:
     return Outcome({"rows": rows}, bench_view(curves))
 
 
+def batch_bench(args: argparse.Namespace, progress: Progress) -> Outcome:
+    """Tokens per second of many streams."""
+    rows = bench_batch.batch_bench(
+        args.model,
+        reference=args.reference,
+        streams=args.streams,
+        contexts=args.context,
+        new_tokens=args.new_tokens,
+        progress=progress,
+    )
+    return Outcome({"rows": [dataclasses.asdict(row) for row in rows]}, batch_bench_view(rows))
+
+
 def kernel_bench(args: argparse.Namespace, progress: Progress) -> Outcome:
     """One decode step of attention."""
     result = bench_kernel.kernel_bench(
@@ -218,10 +236,8 @@ def info(args: argparse.Namespace, progress: Progress) -> Outcome:  # noqa: ARG0
 
 
 def _config(args: argparse.Namespace) -> KiviConfig:
-    both = 8 if args.bits is None else args.bits
     return KiviConfig(
-        k_bits=both if args.k_bits is None else args.k_bits,
-        v_bits=both if args.v_bits is None else args.v_bits,
+        **_sides(args),
         block_tokens=args.block_tokens,
         v_group_size=args.v_group_size,
         residual_length=args.residual,
@@ -230,8 +246,24 @@ def _config(args: argparse.Namespace) -> KiviConfig:
         cross=args.cross,
         window=args.window,
         window_sinks=args.window_sinks,
+        io=args.io or NO_IO,
+        kv_bytes=args.kv_bytes,
         last_logits=args.last_logits,
     )
+
+
+def _sides(args: argparse.Namespace) -> Mapping[str, Any]:
+    """Bits and schemes, of the preset or as they are given. Raises ConfigError for both."""
+    given = {
+        "k_bits": args.bits if args.k_bits is None else args.k_bits,
+        "v_bits": args.bits if args.v_bits is None else args.v_bits,
+        "k_scheme": args.k_scheme,
+        "v_scheme": args.v_scheme,
+    }
+    chosen = {name: value for name, value in given.items() if value is not None}
+    if args.preset and chosen:
+        raise ConfigError(f"--preset: expected no bits and no schemes beside {args.preset}, got {', '.join(chosen)}")
+    return PRESETS[args.preset] if args.preset else chosen
 
 
 def _said_of_window(config: KiviConfig) -> str | None:

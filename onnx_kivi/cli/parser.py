@@ -19,11 +19,15 @@ from typing import Any, NoReturn
 from rich.console import Console
 
 from .. import __version__
+from ..config import PRESETS
 from ..errors import KiviError
+from ..measure.plans import FULL, LEVELS, QUICK
 from ..progress import Progress
-from ..spec import BITS
+from ..spec import BITS, IO_KINDS, MAX_KV_BYTES
+from ..spec_schemes import AFFINE, K_SCHEMES, V_SCHEMES
 from . import commands
 from .progress_bar import progress_bar
+from .rewriting import NO
 
 Run = Callable[[argparse.Namespace, Progress], commands.Outcome]
 
@@ -31,6 +35,8 @@ FAILED = 1
 BAD_INPUT = 2
 INTERRUPTED = 130
 TERMINATED = 143
+
+PRESET_HELP = "bits and schemes by name, best first"
 
 
 def _whole(least: int, most: int) -> Callable[[str], int]:
@@ -65,7 +71,14 @@ def _real(least: float, most: float) -> Callable[[str], float]:
 
 OUTPUT_HELP = "the file to write; or, for a folder, the folder, unless it ends in .onnx"
 COPY_HELP = "a folder gets weights of its own (else hard links to the original's, which onnx.load refuses to read)"
+IO_HELP = (
+    "what stands in the place of past and present: none (default of files), or stamps for hosts that carry a past "
+    "(default of folders of optimum and genai)"
+)
+KV_BYTES_HELP = "that caches may take under ghost I/O (default 0: what ONNX_KIVI_KV_BYTES says)"
 LAST_LOGITS_HELP = "add an input num_logits_to_keep, which long prompts are fed with (0, its default: all)"
+LEVEL_HELP = "full: the file as it is (default); quick: its graph with small blocks, on few tokens"
+VERIFY_HELP = "quick: the graph with small blocks, on few tokens (default); full: the file as it is; no: not at all"
 WINDOW_HELP = "lossy: a query sees the last N tokens only, and the rest is freed (default 0: all)"
 
 COUNT = _whole(0, 1 << 20)
@@ -76,6 +89,7 @@ FEW = _whole(1, 1024)
 CONTEXT = _whole(1, 1 << 24)
 SIZE = _whole(1, 1 << 16)
 SEED = _whole(0, (1 << 63) - 1)
+BYTES = _whole(0, MAX_KV_BYTES)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -156,6 +170,7 @@ def build_parser() -> argparse.ArgumentParser:
     _generate(command("generate", commands.generate_text, "Stream text.", "small.onnx --tokenizer DIR --prompt Once"))
     _ppl(command("ppl", commands.perplexity, "Perplexity.", "small.onnx --tokenizer DIR --reference model.onnx"))
     _bench(command("bench", commands.bench, "Speed and memory by context.", "small.onnx --reference model.onnx"))
+    _batch_bench(command("batch-bench", commands.batch_bench, "Speed of many streams.", "small.onnx --streams 1,8"))
     _kernel_bench(command("kernel-bench", commands.kernel_bench, "One decode step of attention, against others.", ""))
     _host_bench(command("host-bench", commands.host_bench, "What a node costs on each host.", "--turns 1000"))
     _demo(command("demo", commands.demo, "The main job on a real small model, from nothing.", ""))
@@ -173,17 +188,22 @@ def _rewrite(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-o", "--output", required=True, metavar="OUT", help=OUTPUT_HELP)
     _quantization(parser)
     _cross(parser)
+    parser.add_argument("--io", choices=IO_KINDS, help=IO_HELP)
+    parser.add_argument("--kv-bytes", type=BYTES, default=0, metavar="N", help=KV_BYTES_HELP)
     parser.add_argument("--partial", action="store_true", help="rewrite what matches and leave the other caches")
     parser.add_argument("--last-logits", action="store_true", help=LAST_LOGITS_HELP)
-    parser.add_argument("--no-verify", action="store_true", help="write without running original and result")
+    verify = parser.add_mutually_exclusive_group()
+    verify.add_argument("--verify", choices=(*LEVELS, NO), default=QUICK, help=VERIFY_HELP)
+    verify.add_argument("--no-verify", dest="verify", action="store_const", const=NO, help="the same as --verify no")
     parser.add_argument("--copy-weights", action="store_true", help=COPY_HELP)
 
 
 def _verify(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("original", metavar="ORIGINAL")
     parser.add_argument("rewritten", metavar="REWRITTEN")
-    parser.add_argument("--prompt", type=TOKENS, metavar="N", help="tokens of the prefill (default: enough to seal)")
-    parser.add_argument("--steps", type=TOKENS, default=4, metavar="N", help="single tokens after it (default 4)")
+    parser.add_argument("--level", choices=LEVELS, default=FULL, help=LEVEL_HELP)
+    parser.add_argument("--prompt", type=TOKENS, metavar="N", help="of a full run's prefill (default: enough to seal)")
+    parser.add_argument("--steps", type=TOKENS, metavar="N", help="single tokens after it (default 4, quick 2)")
     parser.add_argument("--batch", type=FEW, default=2, metavar="N", help="rows (default 2)")
     parser.add_argument("--seed", type=SEED, default=0, metavar="N")
     parser.add_argument("--tolerance", type=_real(0, 1), metavar="X", help="of the logits' range, at 32 bits")
@@ -212,9 +232,19 @@ def _ppl(parser: argparse.ArgumentParser) -> None:
 def _bench(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", nargs="+", metavar="MODEL", help="rewritten models; the JSON rows are the first one's")
     parser.add_argument("--reference", metavar="ORIGINAL", help="take turns with this model")
-    parser.add_argument("--context", type=_contexts, default=[512, 4096], metavar="N,N", help="default 512,4096")
+    parser.add_argument(
+        "--context", type=_numbers(CONTEXT), default=[512, 4096], metavar="N,N", help="default 512,4096"
+    )
     parser.add_argument("--new-tokens", type=TOKENS, default=16, metavar="N", help="tokens timed (default 16)")
     parser.add_argument("--plot", metavar="FILE.png", help="draw the curves of all models")
+
+
+def _batch_bench(parser: argparse.ArgumentParser) -> None:
+    _model(parser)
+    parser.add_argument("--reference", metavar="ORIGINAL", help="also what this gives one stream after another")
+    parser.add_argument("--streams", type=_numbers(FEW), default=[1, 8], metavar="N,N", help="default 1,8")
+    parser.add_argument("--context", type=_numbers(CONTEXT), default=[2048], metavar="N,N", help="default 2048")
+    parser.add_argument("--new-tokens", type=TOKENS, default=16, metavar="N", help="of each, timed (default 16)")
 
 
 def _kernel_bench(parser: argparse.ArgumentParser) -> None:
@@ -235,8 +265,9 @@ def _demo(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-new-tokens", type=TOKENS, default=48, metavar="N", help="of the answers (default 48)")
 
 
-def _contexts(text: str) -> list[int]:
-    return [CONTEXT(part) for part in text.split(",")]
+def _numbers(each: Callable[[str], int]) -> Callable[[str], list[int]]:
+    """The type of an option that takes several, separated by commas."""
+    return lambda text: [each(part) for part in text.split(",")]
 
 
 def _finite(value: Any) -> Any:
@@ -261,9 +292,12 @@ def _tokenizer(parser: argparse.ArgumentParser) -> None:
 
 
 def _quantization(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--preset", choices=PRESETS, help=PRESET_HELP)
     parser.add_argument("--bits", type=int, metavar="N", help="of keys and values: 8 (default), 4, 2, or 32 = dense")
     parser.add_argument("--k-bits", type=int, metavar="N", help="of keys (default: --bits)")
     parser.add_argument("--v-bits", type=int, metavar="N", help="of values (default: --bits)")
+    parser.add_argument("--k-scheme", metavar="NAME", help=f"{', '.join(K_SCHEMES)} (default {AFFINE}; see SPEC.md)")
+    parser.add_argument("--v-scheme", metavar="NAME", help=f"{', '.join(V_SCHEMES)} (default {AFFINE})")
     parser.add_argument("--block-tokens", type=int, default=64, metavar="N", help="tokens sealed at once (default 64)")
     parser.add_argument("--v-group-size", type=int, default=64, metavar="N", help="channels; 0 = all (default 64)")
     parser.add_argument("--residual", type=int, default=128, metavar="N", help="recent tokens in f32 (default 128)")

@@ -17,6 +17,7 @@ from .elements import BOOL, ELEMENT_CODES, FLOATS, INTEGERS, element_name
 from .external import weight_files
 from .files import load, save
 from .fingerprint import fingerprint
+from .rounding import nudged, rounds_activations, unrounded
 from .schemas import register_schemas
 from .symbolic.dims import Dim, TooComplexError, divide, substitute, symbol
 from .symbolic.einsum import Labels, read_equation
@@ -65,14 +66,17 @@ __all__ = [
     "infer_shapes",
     "inlined",
     "load",
+    "nudged",
     "parse_model",
     "part",
     "read_equation",
     "register_schemas",
+    "rounds_activations",
     "save",
     "set_attribute",
     "substitute",
     "symbol",
+    "unrounded",
     "weight_files",
     "without_outputs",
 ]

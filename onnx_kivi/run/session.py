@@ -16,12 +16,14 @@ from ..own_nodes import read_own_nodes
 from ..paths import model_path
 from ..runtime.cache import Cache
 from ..runtime.hosts import choose, register, take_error
-from ..spec import DOMAIN, HANDLE_INPUT, NEW_LENGTH_INPUT, PAST_LENGTH_INPUT, STORED_TOKENS
+from ..spec import DOMAIN, HANDLE_INPUT, NEW_LENGTH_INPUT, PAST_LENGTH_INPUT, STAMP_CHANNELS, STORED_TOKENS
 from .generate import generate
+from .sampling import Sampling
 from .signature import ELEMENTS
 from .stepper import PREFILL_CHUNK, Stepper
 
 ERROR = 3
+NO_STAMPS = np.zeros((1, 1, 0, STAMP_CHANNELS), np.float32)
 
 
 class NotRewrittenError(UnsupportedModelError):
@@ -63,9 +65,19 @@ class Session:
                 f"{_name(model)}: expected a rewritten model, with inputs {HANDLE_INPUT} and {PAST_LENGTH_INPUT}, "
                 "got one without; run onnx-kivi rewrite on it first"
             )
-        self._takes_rows = NEW_LENGTH_INPUT in overridable
-        self._stored = [i for i in self._session.get_inputs() if STORED_TOKENS in i.shape]
+        self.takes_rows = NEW_LENGTH_INPUT in overridable
+        self._stored = [i for i in self.get_inputs() if STORED_TOKENS in i.shape]
+        self._outputs = [o.name for o in self.get_outputs()]
+        self._ghosts = dict.fromkeys(nodes.past, NO_STAMPS)
         self.cache = self.new_cache()
+
+    def get_inputs(self) -> list[ort.NodeArg]:
+        """The inputs that a caller feeds; not the past of ghost I/O, for which a cache stands."""
+        return [i for i in self._session.get_inputs() if i.name not in self.nodes.past]
+
+    def get_outputs(self) -> list[ort.NodeArg]:
+        """The outputs that a run gives; not the present of ghost I/O."""
+        return [o for o in self._session.get_outputs() if o.name not in self.nodes.present]
 
     def new_cache(self) -> Cache:
         """An empty cache for this model; close it, or let it go out of scope, to free it."""
@@ -99,10 +111,10 @@ class Session:
         caches = self._caches(cache)
         with _locked(caches):
             handles = [c.handle for c in caches]
-            feeds = {**input_feed, **self._held(input_feed), HANDLE_INPUT: np.array(handles, np.int64)}
+            feeds = {**self._ghosts, **input_feed, **self._held(input_feed), HANDLE_INPUT: np.array(handles, np.int64)}
             results, failure = None, None
             try:
-                results = self._session.run(output_names, feeds, run_options)
+                results = self._session.run(output_names or self._outputs, feeds, run_options)
             except Exception as error:
                 failure = error
             if (refusal := take_error(self.host, handles, failure)) is not None:
@@ -119,7 +131,7 @@ class Session:
         caches = [cache] if isinstance(cache, Cache) else list(cache)
         if not caches:
             raise CacheError("run: expected a cache, or at least one in a list, got none")
-        if len(caches) > 1 and not self._takes_rows:
+        if len(caches) > 1 and not self.takes_rows:
             raise CacheError(
                 f"run: expected one cache, got {len(caches)}: the model was rewritten by version 1 of the op, which "
                 "knows no others; rewrite the original again"
@@ -133,6 +145,9 @@ class Session:
         max_new_tokens: int = 64,
         temperature: float = 0.0,
         top_p: float = 1.0,
+        top_k: int = 0,
+        min_p: float = 0.0,
+        repetition_penalty: float = 1.0,
         seed: int | None = None,
         stop_tokens: Sequence[int] = (),
         prefill_chunk: int = PREFILL_CHUNK,
@@ -141,12 +156,12 @@ class Session:
     ) -> Iterator[int]:
         """Generate after the prompt `ids`, one token id at a time, greedily or by sampling (temperature > 0).
 
-        prefill_chunk: tokens of the prompt that are fed at once; what is sealed of one chunk the next ones see rounded.
-        inputs: what the model takes beside tokens, by input name: an encoder's keys, values and mask. States that the
-        model carries itself start at zero. Starts a new conversation on a fresh cache, unless `cache` is given, which
-        is then continued. Stops after max_new_tokens or at (and without) a stop token. Raises ConfigError for ids,
-        options or names of inputs out of range, and with the first token UnsupportedModelError for an input that is
-        still missing, such as embeddings.
+        temperature to seed: see `Sampling`. prefill_chunk: tokens of the prompt that are fed at once; what is sealed of
+        one chunk the next ones see rounded. inputs: what the model takes beside tokens, by input name: an encoder's
+        keys, values and mask. States that the model carries itself start at zero. Starts a new conversation on a fresh
+        cache, unless `cache` is given, which is then continued. Stops after max_new_tokens or at (and without) a stop
+        token. Raises ConfigError for ids, options or names of inputs out of range, and with the first token
+        UnsupportedModelError for an input that is still missing, such as embeddings.
         """
         return generate(
             Stepper(
@@ -154,9 +169,7 @@ class Session:
             ),
             ids,
             max_new_tokens=max_new_tokens,
-            temperature=temperature,
-            top_p=top_p,
-            seed=seed,
+            sampling=Sampling(temperature, top_p, top_k, min_p, repetition_penalty, seed),
             stop_tokens=stop_tokens,
         )
 
@@ -185,7 +198,7 @@ class Session:
         )
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("__") or name in ("_session", "_stored", "_takes_rows"):
+        if name.startswith("__") or name in ("_session", "_stored", "takes_rows"):
             raise AttributeError(name)
         return getattr(self._session, name)
 

@@ -23,7 +23,7 @@ from .signature import MERGED_FLAG, Signature
 
 EMBEDDINGS = "inputs_embeds"
 POSITIONS = "position_ids"
-PREFILL_CHUNK = 256
+PREFILL_CHUNK = 64
 
 
 class Stepper:
@@ -78,8 +78,8 @@ class Stepper:
     def last(self, ids: IntArray) -> FloatArray:
         """Logits (B, vocabulary) of the last of the new tokens `ids` (B, S), which are fed in chunks.
 
-        Chunks end at multiples of prefill_chunk. A model that carries a cache or state itself is fed all at once: a
-        chunk would copy it, and such models often take none.
+        Chunks end at multiples of prefill_chunk; one that fails leaves those before it in the cache. A model that
+        carries a cache or state itself is fed all at once: a chunk would copy it, and such models often take none.
         """
         count = ids.shape[1]
         ends = [count] if self._signature.present else chunk_ends(self.length, count, self._chunk)

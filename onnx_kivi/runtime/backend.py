@@ -8,25 +8,38 @@ below; `reference` and `quantize` are normative for the numbers.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
+
+import numpy as np
 
 from ..arrays import ByteArray, FloatArray, HalfArray
 from ..spec import SdpaAttributes, StepAttributes
 
+NO_HALVES, NO_BYTES = np.zeros(0, np.float16), np.zeros(0, np.uint8)
+"""A part that the scheme of a block has not."""
+
 
 @dataclass(frozen=True, slots=True)
 class QuantizedBlock:
-    """Codes of one sealed block and side, in the canonical layout.
+    """Codes of one sealed block and side, in the canonical layout; `parts` has the shapes of all schemes.
 
-    Keys: codes (Hkv, Dk, ceil(block_tokens * bits / 8)), lo and scale (Hkv, Dk).
-    Values: codes (Hkv, block_tokens, ceil(Dv * bits / 8)), lo and scale (Hkv, block_tokens, groups).
-    Codes are packed along the last axis, lowest bits first, each row padded to a whole byte with zeros.
+    codes are packed along the last axis, lowest bits first, each row padded to a whole byte with zeros: a row is a key
+    channel or digit over the tokens, or a value token over the channels. lo and scale are of a key channel, or of a
+    value token's group. digits: how many each key channel has, packed likewise. token and unit: the scales of tokens.
     """
 
     codes: ByteArray
     lo: HalfArray
     scale: HalfArray
+    digits: ByteArray = field(default_factory=lambda: NO_BYTES)
+    token: ByteArray = field(default_factory=lambda: NO_BYTES)
+    unit: HalfArray = field(default_factory=lambda: NO_HALVES)
+
+    @property
+    def arrays(self) -> tuple[ByteArray | HalfArray, ...]:
+        """All parts, in the order of files; one that the scheme has not is empty."""
+        return self.codes, self.lo, self.scale, self.digits, self.token, self.unit
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,7 +157,7 @@ class Backend(Protocol):
 
         handles: one cache, or several that hold one row each, all different. past_lengths, new_lengths: one number for
         all rows or one for each; -1 = the committed length, all new tokens. Of a cache that is empty P is (0,).
-        Tokens beyond past_length are dropped at once, as by `crop`: a rollback goes back to P tokens.
+        Tokens beyond past_length are dropped, as by `crop`, when the step commits: one that fails drops none.
         Raises CacheError naming the row: closed handle, another model's handle, past_length beyond the cache, rows of
         different lengths where the model's one_length says why not; then no cache has changed. And once, after a step
         of which some nodes ran, none failed and some never ran, where no step of the cache has committed yet: the

@@ -91,6 +91,19 @@ def test_rewrite_options_reach_the_nodes(tiny: Path, tmp_path: Path, run: Run) -
     assert {f["sink_length"] for f in found} == {2}
 
 
+def test_a_preset_reaches_the_nodes_and_says_its_bits(tiny: Path, tmp_path: Path, run: Run) -> None:
+    out = tmp_path / "small.onnx"
+    data = json_of(run("rewrite", tiny, "-o", out, "--preset", "smallest", "--json"))
+    assert data["verify"]["ok"]
+    assert data["verify"]["sealed_tokens"] > 0
+    assert 2 < data["bits_at_16k"] < 6
+    nodes = [n for n in onnx.load(out).graph.node if n.op_type == "QuantizedKvSdpaV2"]
+    assert {a.s for n in nodes for a in n.attribute if a.name.endswith("_scheme")} == {
+        b"digits:2+token",
+        b"symmetric+rotated",
+    }
+
+
 def test_cross_reaches_inspect_and_rewrite(tmp_path: Path, run: Run) -> None:
     source, out = MODELS["optimum/t5/decoder_with_past_model"], tmp_path / "small.onnx"
     assert [site["kind"] for site in json_of(run("inspect", source, "--json"))["sites"]] == ["self"] * 2
@@ -116,6 +129,21 @@ def test_cross_reaches_inspect_and_rewrite(tmp_path: Path, run: Run) -> None:
     ]
 
 
+def test_rewrite_verifies_at_the_level_asked_for(tiny: Path, tmp_path: Path, run: Run) -> None:
+    asked = {(): "quick", ("--verify", "full"): "full", ("--verify", "no"): None, ("--no-verify",): None}
+    for n, (options, level) in enumerate(asked.items()):
+        checked = json_of(run("rewrite", tiny, "-o", tmp_path / f"{n}.onnx", *options, *SMALL, "--json"))["verify"]
+        assert (checked and checked["level"]) == level
+
+
+@pytest.mark.parametrize("options", [("--verify", "some"), ("--verify", "full", "--no-verify")])
+def test_levels_that_do_not_go_are_bad_usage(tiny: Path, tmp_path: Path, run: Run, options: tuple[str, ...]) -> None:
+    code, _, err = run("rewrite", tiny, "-o", tmp_path / "small.onnx", *options)
+    assert code == 2
+    assert len(err.splitlines()) == 1
+    assert "--verify" in err
+
+
 def test_verify_reports_and_fails_with_1(tiny: Path, rewritten: Callable[[int], Path], run: Run) -> None:
     data = json_of(run("verify", tiny, rewritten(8), "--json"))
     assert data["ok"]
@@ -133,7 +161,7 @@ def test_info(run: Run) -> None:
 
 
 def test_help_has_an_example(run: Run) -> None:
-    benches = ("bench", "kernel-bench", "host-bench")
+    benches = ("bench", "batch-bench", "kernel-bench", "host-bench")
     for command in ("inspect", "rewrite", "verify", "generate", "ppl", *benches, "demo", "info"):
         code, out, _ = run(command, "--help")
         assert code == 0
@@ -150,6 +178,25 @@ def test_bench_rows(tiny: Path, rewritten: Callable[[int], Path], run: Run) -> N
         # 2 layers, 2 kv heads, 16 + 16 channels, f32; 5 tokens were decoded, two of them to warm up.
         assert row["reference_cache_bytes"] == (row["context"] + 5) * 2 * 2 * 32 * 4
         assert row["cache_bytes"] < 0.6 * row["reference_cache_bytes"]
+
+
+def test_batch_bench_rows(tiny: Path, rewritten: Callable[[int], Path], run: Run) -> None:
+    args = ("--reference", tiny, "--streams", "1,3", "--context", 100, "--new-tokens", 3)
+    rows = json_of(run("batch-bench", rewritten(8), *args, "--json"))["rows"]
+    assert [(row["streams"], row["context"]) for row in rows] == [(1, 100), (3, 100)]
+    for row in rows:
+        assert min(row["tokens_per_s"], row["first_token_ms"], row["reference_tokens_per_s"]) > 0
+    assert 2.5 < rows[1]["cache_bytes"] / rows[0]["cache_bytes"] < 4
+    assert "tokens/s" in run("batch-bench", rewritten(8), "--streams", 2, "--context", 20, "--new-tokens", 1)[1]
+
+
+@pytest.mark.parametrize("option", [("--streams", "0"), ("--streams", "1,x"), ("--context", "-5"), ("--new-tokens", 0)])
+def test_batch_bench_refuses_numbers_out_of_range(
+    rewritten: Callable[[int], Path], run: Run, option: tuple[str, object]
+) -> None:
+    code, _, errors = run("batch-bench", rewritten(8), *option)
+    assert code == 2
+    assert f"argument {option[0]}: expected an integer from 1" in errors
 
 
 def test_kernel_bench_rows(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -256,6 +303,9 @@ def test_failed_verification_writes_nothing(
     [
         (("--layer-bits", "0,77:8"), "layer_bits: expected layers that the model has, 0 to 1, got [77]"),
         (("--bit", "4"), "unrecognized arguments: --bit 4"),
+        (("--preset", "small", "--v-bits", "4"), "--preset: expected no bits and no schemes beside small, got v_bits"),
+        (("--k-scheme", "digits:2"), "k_bits: expected one of 2 with k_scheme digits:2, got 8"),
+        (("--v-scheme", "fast"), "v_scheme: expected one of affine, symmetric+rotated, got 'fast'"),
     ],
 )
 def test_rewrite_refuses_options_that_mean_nothing(

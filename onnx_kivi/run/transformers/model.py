@@ -97,14 +97,10 @@ class KiviForCausalLM(KiviModel):
         ends = chunk_ends(P, S, PREFILL_CHUNK)
         if not 0 < keep <= S - (0, *ends)[-2]:
             ends = [S]
-        try:
-            for begin, end in pairwise((0, *ends)):
-                part = {name: np.ascontiguousarray(array[:, begin:end]) for name, array in known.items()}
-                feeds = token_feeds(self._signature, ids[:, begin:end], shown[:, : P + end], part, keep)
-                results = self.session.run(None, feeds, cache=held.cache)
-        except BaseException:
-            held.cache.crop(min(P, held.cache.length))
-            raise
+        for begin, end in pairwise((0, *ends)):
+            part = {name: np.ascontiguousarray(array[:, begin:end]) for name, array in known.items()}
+            feeds = token_feeds(self._signature, ids[:, begin:end], shown[:, : P + end], part, keep)
+            results = self.session.run(None, feeds, cache=held.cache)
         return logits_of(dict(zip(self._signature.outputs, results, strict=True)))
 
 

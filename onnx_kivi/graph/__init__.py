@@ -9,7 +9,6 @@ from .branches import (
     branch_reads,
     inlined,
     part,
-    weight_uses,
     without_outputs,
 )
 from .build import Builder, FreeNames, HashedNames, Names, NewConstant, NewNode, NewPart, Number
@@ -79,6 +78,5 @@ __all__ = [
     "symbol",
     "unrounded",
     "weight_files",
-    "weight_uses",
     "without_outputs",
 ]

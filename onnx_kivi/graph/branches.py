@@ -5,8 +5,7 @@ Names inside a branch differ from those around it (ONNX IR specification), so th
 
 from __future__ import annotations
 
-import math
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import onnx
 from onnx import helper
@@ -14,7 +13,6 @@ from onnx import helper
 from ..errors import UnsupportedModelError
 from .build import PREFIX, NewConstant, NewNode, NewPart
 from .edit import copied, needed, replace_all
-from .elements import BOOL, INTEGERS
 from .view import Model, Node, outer_reads, subgraphs
 
 THEN, ELSE = "then_branch", "else_branch"
@@ -81,20 +79,6 @@ def part(model: Model, outputs: Mapping[str, str], instead: Sequence[NewPart] = 
     constants = [each.proto() for each in instead if isinstance(each, NewConstant)]
     made.graph.initializer.extend(t for t in (*model.graph.initializer, *constants) if t.name in reads)
     return made
-
-
-def weight_uses(model: Model, nodes: Iterable[onnx.NodeProto]) -> frozenset[tuple[str, str]]:
-    """Which operator reads which weight of a model, whatever graph it stands in; sizes and scalars are no weights."""
-    places = {*INTEGERS, BOOL}
-    weights = {t.name for t in model.graph.initializer if t.data_type not in places and math.prod(t.dims) > 1}
-    return frozenset((each.op_type, name) for each in _deep(nodes) for name in each.input if name in weights)
-
-
-def _deep(nodes: Iterable[onnx.NodeProto]) -> Iterator[onnx.NodeProto]:
-    for node in nodes:
-        yield node
-        for graph in subgraphs(node):
-            yield from _deep(graph.node)
 
 
 def without_outputs(made: Model, names: Collection[str]) -> Model:

@@ -1,8 +1,7 @@
 """Merged decoders, both branches of which lie in an If: the one with a past as a plain model, and what that needs.
 
 A first step runs the branch without a past in the original, and the plain model on an empty cache in the rewritten one.
-So the branches must be one model: with the same weights in the same operators, but for those that make an encoder's
-keys and values, and the one with a past must hide the future where several tokens come at once.
+So the branches must be one model, and the one with a past must hide the future where several tokens come at once.
 """
 
 from __future__ import annotations
@@ -32,12 +31,12 @@ from ..graph import (
     inlined,
     part,
     set_attribute,
-    weight_uses,
     without_outputs,
 )
 from ..naming import is_cache_name, is_encoder_name, present_of
-from ..patterns import Miss, MissError
+from ..patterns import FAMILIES, Miss, MissError, find_caches
 from ..spec import CROSS, SELF, STEP_OPS, STORED_TOKENS
+from .one_model import Branches, check_one_model
 from .site import Site
 
 PASSED_ON = ("Constant", "Identity")
@@ -78,14 +77,15 @@ def unmerged(graph: Graph, *, cross: bool) -> Merged | None:
         return None
     _check_choice(graph, node)
     outputs = dict(_crossed(graph, node))
-    encoder = _encoder(graph, node, outputs) if outputs else None
-    _check_weights(graph, node, encoder)
+    without = Graph(inlined(graph.model, node, ELSE, graph.inputs, graph.outputs))
+    encoder = _encoder(without, outputs) if outputs else None
     reads = branch_reads(node, THEN).union(*({*n.inputs, *n.captured} for n in graph.nodes if n is not node))
     if cross and encoder is not None and encoder.states in reads:
         raise MissError(f"the branch with a past reads {encoder.states!r} too, which most steps leave empty")
     kept = [name for name in graph.outputs if name not in outputs.values()]
     plain = inlined(graph.model, node, THEN, graph.inputs.keys() & reads, kept)
     _free_mask(plain)
+    check_one_model(Branches(Graph(plain), without, _joined(plain), outputs))
     return Merged(node.name, graph.inputs[node.inputs[0]], plain, encoder)
 
 
@@ -153,15 +153,6 @@ def _maker(graph: Graph, tensor: str) -> str:
     return f"{producer} makes" if producer else "is no input"
 
 
-def _check_weights(graph: Graph, node: Node, encoder: Encoder | None) -> None:
-    """Raise MissError unless both branches read the same weights by the same operators, but for the encoder's."""
-    with_past, without = (weight_uses(graph.model, branch_nodes(graph.model, node, name)) for name in (THEN, ELSE))
-    made = weight_uses(graph.model, encoder.made.graph.node) if encoder else frozenset()
-    if differing := (with_past - without) | (without - with_past - made):
-        op, name = min(differing)
-        raise MissError(f"only one of the branches has {op} read {name!r}: they are not the same model")
-
-
 def _crossed(graph: Graph, node: Node) -> Iterator[tuple[str, str]]:
     """Inputs that the branch with a past only reads, and the outputs that hand them out in the other one."""
     outputs = [name for name in node.outputs if name in graph.outputs]
@@ -180,9 +171,14 @@ def _passes_on(graph: Graph, maker: Any, name: str) -> bool:
     return maker.op_type in PASSED_ON and all(read == name or read in graph.initializers for read in maker.input)
 
 
-def _encoder(graph: Graph, node: Node, outputs: Mapping[str, str]) -> Encoder:
+def _joined(plain: Model) -> dict[str, str]:
+    """What holds past and new tokens -> what holds the new ones alone."""
+    ports = {op: ports for family in FAMILIES for op, ports in family.PORTS.items()}
+    return {cache.joined: cache.new for cache in find_caches(Graph(plain), ports) if cache.new}
+
+
+def _encoder(whole: Graph, outputs: Mapping[str, str]) -> Encoder:
     """What makes the keys and values. Raises MissError unless they are made of the states alone, token by token."""
-    whole = Graph(inlined(graph.model, node, ELSE, graph.inputs, graph.outputs))
     states = _states(whole)
     shapes = infer_shapes(whole)
     sizes = shapes.shape(states) or ()

@@ -37,7 +37,7 @@ EXCHANGED = (
     ("Softmax", "LogSoftmax", "Hardmax"),
     ("Sigmoid", "Tanh", "Relu", "Neg", "Identity", "Abs"),
 )
-# An edit of one branch of a merged decoder makes two models of it, and that both are one is for verify to find.
+# Both branches of a merged decoder would need the same edit; what one_model.py lets differ is for verify to find.
 LEFT_OUT = {*REFUSED, *(name for name in MODELS if "merged" in name)}
 INSERTED = ("Identity", "Neg", "Relu", "Abs", "Tanh", "Transpose", "Not")
 

@@ -27,9 +27,11 @@ ONE_LENGTH = {
     },
     "legacy-17-static-sdpa/llama": "buffers hold equally many tokens",
     **{
-        f"{style}/decoder_with_past_model": "more than a mask"
-        for style in ("optimum/bart", "optimum/whisper", "ortopt-optimum/whisper")
+        f"optimum/{name}/{decoder}": "more than a mask"
+        for name in ("bart", "m2m100", "whisper")
+        for decoder in ("decoder_with_past_model", "decoder_model_merged")
     },
+    "ortopt-optimum/whisper/decoder_with_past_model": "more than a mask",
 }
 LENGTHS, STEPS = (5, 21, 2), ((3, 3, 3), (1, 4, 2), (1, 1, 1))
 SMALL = kivi.KiviConfig(32, 32, block_tokens=4, residual_length=4, sink_length=2)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .config import KiviConfig as KiviConfig
+    from .engine.engine import Engine as Engine
     from .errors import BackendUnavailableError as BackendUnavailableError
     from .errors import CacheError as CacheError
     from .errors import ConfigError as ConfigError
@@ -36,6 +37,7 @@ _HOMES = {
     "Cache": "runtime.cache",
     "CacheError": "errors",
     "ConfigError": "errors",
+    "Engine": "engine.engine",
     "ExtraUnavailableError": "errors",
     "KiviConfig": "config",
     "KiviError": "errors",

@@ -19,7 +19,7 @@ class KiviConfig:
     values, which no step adds to; they have no recent tokens, and so no residual. window: a query sees only so many
     tokens, itself the last of them, and what no query can see any more is freed; 0 = what the model sees.
     window_sinks: first tokens that stay in sight all the same (StreamingLLM, arXiv 2309.17453; positions are not
-    shifted). Raises ConfigError.
+    shifted). last_logits: the model gets an input num_logits_to_keep, unless it has one. Raises ConfigError.
     """
 
     k_bits: int = 8
@@ -32,6 +32,7 @@ class KiviConfig:
     cross: bool = False
     window: int = 0
     window_sinks: int = 0
+    last_logits: bool = False
 
     def __post_init__(self) -> None:
         pairs = isinstance(self.layer_bits, Mapping) and all(

@@ -9,6 +9,8 @@ import re
 from collections.abc import Collection
 
 PAST = "past"
+KEEP_INPUTS = ("num_logits_to_keep", "logits_to_keep")
+"""Inputs that say of how many of the last tokens a run gives logits; 0 = of all."""
 CACHE_PREFIXES = (PAST, "cache")
 PRESENT_PREFIXES = ("present", *CACHE_PREFIXES)
 SIDES = re.compile("key_value|key|value")

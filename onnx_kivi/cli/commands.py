@@ -15,6 +15,7 @@ import numpy as np
 from .. import graph
 from ..config import KiviConfig, parse_layer_bits
 from ..errors import ConfigError
+from ..measure import batch_bench as bench_batch
 from ..measure import demo as demo_run
 from ..measure import host_bench as bench_host
 from ..measure import kernel_bench as bench_kernel
@@ -31,6 +32,7 @@ from ..staging import check_target
 from .folder import RewrittenFolder, is_folder_wanted, only_model, rewrite_folder
 from .rewriting import NO, Request, Rewritten, check_writable, rewritten
 from .views import (
+    batch_bench_view,
     bench_view,
     demo_view,
     folder_view,
@@ -84,7 +86,8 @@ def _rewrite_file(source: Path, output: Path, request: Request, progress: Progre
     check_writable(output.parent)
     progress("rewriting", 0.0)
     model = graph.load(source)
-    done = rewritten(source, model, pipeline.examine(model, cross=request.config.cross), request, output, progress)
+    findings = pipeline.examine(model, cross=request.config.cross, source=source)
+    done = rewritten(source, model, findings, request, output, progress)
     weights = () if done.failure else graph.save(model, output)
     view = partial(rewrite_view, done.report, [output, *weights], done.checked, _said_of_window(request.config))
     return _said_of_rewriting(done, output, view)
@@ -183,6 +186,19 @@ def bench(args: argparse.Namespace, progress: Progress) -> Outcome:
     return Outcome({"rows": rows}, bench_view(curves))
 
 
+def batch_bench(args: argparse.Namespace, progress: Progress) -> Outcome:
+    """Tokens per second of many streams."""
+    rows = bench_batch.batch_bench(
+        args.model,
+        reference=args.reference,
+        streams=args.streams,
+        contexts=args.context,
+        new_tokens=args.new_tokens,
+        progress=progress,
+    )
+    return Outcome({"rows": [dataclasses.asdict(row) for row in rows]}, batch_bench_view(rows))
+
+
 def kernel_bench(args: argparse.Namespace, progress: Progress) -> Outcome:
     """One decode step of attention."""
     result = bench_kernel.kernel_bench(
@@ -230,6 +246,7 @@ def _config(args: argparse.Namespace) -> KiviConfig:
         cross=args.cross,
         window=args.window,
         window_sinks=args.window_sinks,
+        last_logits=args.last_logits,
     )
 
 

@@ -67,6 +67,7 @@ def _real(least: float, most: float) -> Callable[[str], float]:
 
 OUTPUT_HELP = "the file to write; or, for a folder, the folder, unless it ends in .onnx"
 COPY_HELP = "a folder gets weights of its own (else hard links to the original's, which onnx.load refuses to read)"
+LAST_LOGITS_HELP = "add an input num_logits_to_keep, which long prompts are fed with (0, its default: all)"
 LEVEL_HELP = "full: the file as it is (default); quick: its graph with small blocks, on few tokens"
 VERIFY_HELP = "quick: the graph with small blocks, on few tokens (default); full: the file as it is; no: not at all"
 WINDOW_HELP = "lossy: a query sees the last N tokens only, and the rest is freed (default 0: all)"
@@ -159,6 +160,7 @@ def build_parser() -> argparse.ArgumentParser:
     _generate(command("generate", commands.generate_text, "Stream text.", "small.onnx --tokenizer DIR --prompt Once"))
     _ppl(command("ppl", commands.perplexity, "Perplexity.", "small.onnx --tokenizer DIR --reference model.onnx"))
     _bench(command("bench", commands.bench, "Speed and memory by context.", "small.onnx --reference model.onnx"))
+    _batch_bench(command("batch-bench", commands.batch_bench, "Speed of many streams.", "small.onnx --streams 1,8"))
     _kernel_bench(command("kernel-bench", commands.kernel_bench, "One decode step of attention, against others.", ""))
     _host_bench(command("host-bench", commands.host_bench, "What a node costs on each host.", "--turns 1000"))
     _demo(command("demo", commands.demo, "The main job on a real small model, from nothing.", ""))
@@ -177,6 +179,7 @@ def _rewrite(parser: argparse.ArgumentParser) -> None:
     _quantization(parser)
     _cross(parser)
     parser.add_argument("--partial", action="store_true", help="rewrite what matches and leave the other caches")
+    parser.add_argument("--last-logits", action="store_true", help=LAST_LOGITS_HELP)
     verify = parser.add_mutually_exclusive_group()
     verify.add_argument("--verify", choices=(*LEVELS, NO), default=QUICK, help=VERIFY_HELP)
     verify.add_argument("--no-verify", dest="verify", action="store_const", const=NO, help="the same as --verify no")
@@ -217,9 +220,19 @@ def _ppl(parser: argparse.ArgumentParser) -> None:
 def _bench(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", nargs="+", metavar="MODEL", help="rewritten models; the JSON rows are the first one's")
     parser.add_argument("--reference", metavar="ORIGINAL", help="take turns with this model")
-    parser.add_argument("--context", type=_contexts, default=[512, 4096], metavar="N,N", help="default 512,4096")
+    parser.add_argument(
+        "--context", type=_numbers(CONTEXT), default=[512, 4096], metavar="N,N", help="default 512,4096"
+    )
     parser.add_argument("--new-tokens", type=TOKENS, default=16, metavar="N", help="tokens timed (default 16)")
     parser.add_argument("--plot", metavar="FILE.png", help="draw the curves of all models")
+
+
+def _batch_bench(parser: argparse.ArgumentParser) -> None:
+    _model(parser)
+    parser.add_argument("--reference", metavar="ORIGINAL", help="also what this gives one stream after another")
+    parser.add_argument("--streams", type=_numbers(FEW), default=[1, 8], metavar="N,N", help="default 1,8")
+    parser.add_argument("--context", type=_numbers(CONTEXT), default=[2048], metavar="N,N", help="default 2048")
+    parser.add_argument("--new-tokens", type=TOKENS, default=16, metavar="N", help="of each, timed (default 16)")
 
 
 def _kernel_bench(parser: argparse.ArgumentParser) -> None:
@@ -240,8 +253,9 @@ def _demo(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-new-tokens", type=TOKENS, default=48, metavar="N", help="of the answers (default 48)")
 
 
-def _contexts(text: str) -> list[int]:
-    return [CONTEXT(part) for part in text.split(",")]
+def _numbers(each: Callable[[str], int]) -> Callable[[str], list[int]]:
+    """The type of an option that takes several, separated by commas."""
+    return lambda text: [each(part) for part in text.split(",")]
 
 
 def _finite(value: Any) -> Any:

@@ -11,6 +11,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
+from ..measure.batch_bench import Row as StreamsRow
 from ..measure.demo import Demo, Share
 from ..measure.host_bench import HostCost
 from ..measure.kernel_bench import KernelBench
@@ -198,6 +199,25 @@ def bench_view(curves: Mapping[str, Sequence[Row]]) -> Table:
                 size(row.cache_bytes),
                 size(row.reference_cache_bytes) if row.reference_cache_bytes else "",
             )
+    return table
+
+
+def batch_bench_view(rows: Sequence[StreamsRow]) -> Table:
+    """One line per number of streams and context length."""
+    table = Table(title="batch-bench", title_justify="left")
+    for column in ("streams", "context", "tokens/s", "original, one by one", "ratio", "first token, ms", "cache"):
+        table.add_column(column, justify="right")
+    for row in rows:
+        theirs = row.reference_tokens_per_s
+        table.add_row(
+            str(row.streams),
+            str(row.context),
+            f"{row.tokens_per_s:.1f}",
+            f"{theirs:.1f}" if theirs else "",
+            f"{row.tokens_per_s / theirs:.2f}" if theirs else "",
+            f"{row.first_token_ms:.0f}",
+            size(row.cache_bytes),
+        )
     return table
 
 

@@ -1,5 +1,17 @@
 """Reading, indexing, understanding and writing ONNX graphs; the only part that imports onnx and onnx_graphsurgeon."""
 
+from .branches import (
+    ELSE,
+    THEN,
+    add_choice,
+    add_part,
+    branch_nodes,
+    branch_reads,
+    inlined,
+    part,
+    weight_uses,
+    without_outputs,
+)
 from .build import Builder, FreeNames, HashedNames, Names, NewConstant, NewNode, NewPart, Number
 from .edit import Changes, apply, copied, set_attribute
 from .elements import BOOL, ELEMENT_CODES, FLOATS, INTEGERS, element_name
@@ -19,9 +31,11 @@ from .wellformed import check_wellformed
 __all__ = [
     "BOOL",
     "ELEMENT_CODES",
+    "ELSE",
     "FLOATS",
     "INTEGERS",
     "OPEN_END",
+    "THEN",
     "Builder",
     "Changes",
     "Dim",
@@ -40,16 +54,22 @@ __all__ = [
     "Shapes",
     "Source",
     "TooComplexError",
+    "add_choice",
+    "add_part",
     "apply",
+    "branch_nodes",
+    "branch_reads",
     "check_wellformed",
     "copied",
     "divide",
     "element_name",
     "fingerprint",
     "infer_shapes",
+    "inlined",
     "load",
     "nudged",
     "parse_model",
+    "part",
     "read_equation",
     "register_schemas",
     "rounds_activations",
@@ -59,4 +79,6 @@ __all__ = [
     "symbol",
     "unrounded",
     "weight_files",
+    "weight_uses",
+    "without_outputs",
 ]

@@ -16,6 +16,7 @@ import onnx
 from onnx import helper, numpy_helper
 
 from .elements import ELEMENT_CODES
+from .view import Node
 
 PREFIX = "onnx_kivi"
 AXES_ARE_INPUTS = 13
@@ -152,6 +153,13 @@ class Builder:
         outputs = (output,) if output else 1
         (name,) = self.nodes(op, *inputs, outputs=outputs, domain=domain, stem=stem, **attributes)
         return name
+
+    def copy(self, node: Node, inputs: tuple[str, ...]) -> None:
+        """A node of the model once more, reading these tensors; the old one has to go."""
+        given = {a.name: onnx.helper.get_attribute_value(a) for a in node.proto.attribute}
+        attributes = tuple((name, _frozen(value)) for name, value in sorted(given.items()))
+        domain = node.proto.domain
+        self._parts[NewNode(node.proto.op_type, inputs, node.outputs, attributes, domain, node.name)] = None
 
     def rename_last(self, output: str) -> None:
         """Have the output of the last node under another name."""

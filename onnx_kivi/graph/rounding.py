@@ -13,7 +13,7 @@ import onnx
 from onnx import helper
 
 from .build import FreeNames
-from .edit import copied, replace
+from .edit import copied, replace_all
 from .view import Graph, Model, Node, elements
 
 INT8_ACCURACY_LEVEL, FLOAT_ACCURACY_LEVEL = 4, 1
@@ -49,7 +49,7 @@ def unrounded(model: Model) -> Model | None:
         if written is None:
             return None
         nodes += written
-    replace(result.graph.node, nodes)
+    replace_all(result.graph.node, nodes)
     del result.graph.value_info[:]
     return None if rounds_activations(Graph(result)) else result
 
@@ -67,7 +67,7 @@ def nudged(model: Model, tensors: Collection[str], share: float) -> Model:
             if name in tensors:
                 node.output[i] = names.tensor("plain")
                 nodes.append(helper.make_node("Mul", [node.output[i], factor], [name]))
-    replace(result.graph.node, nodes)
+    replace_all(result.graph.node, nodes)
     return result
 
 

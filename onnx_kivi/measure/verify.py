@@ -23,7 +23,7 @@ from ..paths import model_path
 from ..progress import Progress, silent
 from ..rewrite.pipeline import inspect
 from ..rewrite.report import Report
-from ..run.generate import check_seed
+from ..run.sampling import check_seed
 from ..run.session import NotRewrittenError
 from ..spec import DENSE_BITS, QUANTIZED_KV_SDPA, SdpaAttributes
 from ..staging import staging_folder

@@ -13,7 +13,7 @@ import numpy as np
 
 from ..config import KiviConfig
 from ..errors import UnsupportedModelError
-from ..graph import Builder, Changes, FreeNames, Graph, Model, apply, fingerprint, set_attribute
+from ..graph import Builder, Changes, FreeNames, Graph, Model, Node, apply, fingerprint, set_attribute
 from ..patterns import PAST_LENGTH, ROW_PAST_LENGTH, DecoderGraph
 from ..spec import (
     CONTROL_INPUTS,
@@ -28,6 +28,7 @@ from ..spec import (
 )
 from .emit_shapes import emit_shapes
 from .emit_site import SiteEmitter
+from .last_logits import KEEP_INPUT, KEPT_TOKENS, LOGITS, TOKENS_AXIS, emit_last_logits, head_nodes
 from .plan import Plan
 from .report import Report
 from .site import Site
@@ -43,7 +44,9 @@ def emit(model: Model, decoder: DecoderGraph, plan: Plan, report: Report, config
     if not live:
         raise UnsupportedModelError("no output of the model depends on attention over a cache; there is nothing to do")
     builder = _build(decoder, plan, live, report.one_length, config)
-    changes = _changes(builder, plan, report, live)
+    head = head_nodes(decoder) if config.last_logits else []
+    emit_last_logits(builder, head)
+    changes = _changes(builder, plan, report, live, head)
     apply(changes, graph, model)
     set_attribute(model, STEP_OPS, "model_id", fingerprint(model))
     return changes.gone(graph)
@@ -73,15 +76,20 @@ def _build(decoder: DecoderGraph, plan: Plan, live: Sequence[Site], one_length: 
     return builder
 
 
-def _changes(builder: Builder, plan: Plan, report: Report, live: Sequence[Site]) -> Changes:
+def _changes(builder: Builder, plan: Plan, report: Report, live: Sequence[Site], head: Sequence[Node]) -> Changes:
     stored = [operand for site in live if site.kind == CROSS for operand in (site.key, site.value)]
+    renamed = {operand.tensor: (operand.layout.index("S"), STORED_TOKENS) for operand in stored}
+    controls = {name: np.array([default], np.int64) for name, default in CONTROL_INPUTS.items()}
+    if head:
+        renamed[LOGITS] = (TOKENS_AXIS, KEPT_TOKENS)
+        controls[KEEP_INPUT] = np.array(0, np.int64)
     return Changes(
         new=builder.parts,
-        removed_nodes=frozenset(plan.shapes).union(*(site.covered for site in report.sites)),
+        removed_nodes=frozenset({*plan.shapes, *(n.index for n in head)}).union(*(s.covered for s in report.sites)),
         removed_inputs=frozenset(report.removed_inputs),
         removed_outputs=frozenset(report.removed_outputs),
-        new_inputs={name: np.array([default], np.int64) for name, default in CONTROL_INPUTS.items()},
-        renamed_axes={operand.tensor: (operand.layout.index("S"), STORED_TOKENS) for operand in stored},
+        new_inputs=controls,
+        renamed_axes=renamed,
         opset=(DOMAIN, OPSET_VERSION),
         least_ir_version=MIN_IR_VERSION,
     )

@@ -18,8 +18,9 @@ from ..runtime.cache import Cache
 from ..runtime.hosts import choose, register, take_error
 from ..spec import DOMAIN, HANDLE_INPUT, NEW_LENGTH_INPUT, PAST_LENGTH_INPUT, STORED_TOKENS
 from .generate import generate
+from .sampling import Sampling
 from .signature import ELEMENTS
-from .stepper import Stepper
+from .stepper import PREFILL_CHUNK, Stepper
 
 ERROR = 3
 
@@ -63,7 +64,7 @@ class Session:
                 f"{_name(model)}: expected a rewritten model, with inputs {HANDLE_INPUT} and {PAST_LENGTH_INPUT}, "
                 "got one without; run onnx-kivi rewrite on it first"
             )
-        self._takes_rows = NEW_LENGTH_INPUT in overridable
+        self.takes_rows = NEW_LENGTH_INPUT in overridable
         self._stored = [i for i in self._session.get_inputs() if STORED_TOKENS in i.shape]
         self.cache = self.new_cache()
 
@@ -119,7 +120,7 @@ class Session:
         caches = [cache] if isinstance(cache, Cache) else list(cache)
         if not caches:
             raise CacheError("run: expected a cache, or at least one in a list, got none")
-        if len(caches) > 1 and not self._takes_rows:
+        if len(caches) > 1 and not self.takes_rows:
             raise CacheError(
                 f"run: expected one cache, got {len(caches)}: the model was rewritten by version 1 of the op, which "
                 "knows no others; rewrite the original again"
@@ -133,26 +134,31 @@ class Session:
         max_new_tokens: int = 64,
         temperature: float = 0.0,
         top_p: float = 1.0,
+        top_k: int = 0,
+        min_p: float = 0.0,
+        repetition_penalty: float = 1.0,
         seed: int | None = None,
         stop_tokens: Sequence[int] = (),
+        prefill_chunk: int = PREFILL_CHUNK,
         cache: Cache | None = None,
         inputs: Mapping[str, Array] | None = None,
     ) -> Iterator[int]:
         """Generate after the prompt `ids`, one token id at a time, greedily or by sampling (temperature > 0).
 
-        inputs: what the model takes beside tokens, by input name: an encoder's keys, values and mask. States that the
-        model carries itself start at zero. Starts a new conversation on a fresh cache, unless `cache` is given, which
-        is then continued. Stops after max_new_tokens or at (and without) a stop token. Raises ConfigError for ids,
-        options or names of inputs out of range, and with the first token UnsupportedModelError for an input that is
-        still missing, such as embeddings.
+        temperature to seed: see `Sampling`. prefill_chunk: tokens of the prompt that are fed at once; what is sealed of
+        one chunk the next ones see rounded. inputs: what the model takes beside tokens, by input name: an encoder's
+        keys, values and mask. States that the model carries itself start at zero. Starts a new conversation on a fresh
+        cache, unless `cache` is given, which is then continued. Stops after max_new_tokens or at (and without) a stop
+        token. Raises ConfigError for ids, options or names of inputs out of range, and with the first token
+        UnsupportedModelError for an input that is still missing, such as embeddings.
         """
         return generate(
-            Stepper(self, self.new_cache() if cache is None else cache, given=inputs or {}),
+            Stepper(
+                self, self.new_cache() if cache is None else cache, given=inputs or {}, prefill_chunk=prefill_chunk
+            ),
             ids,
             max_new_tokens=max_new_tokens,
-            temperature=temperature,
-            top_p=top_p,
-            seed=seed,
+            sampling=Sampling(temperature, top_p, top_k, min_p, repetition_penalty, seed),
             stop_tokens=stop_tokens,
         )
 
@@ -181,7 +187,7 @@ class Session:
         )
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("__") or name in ("_session", "_stored", "_takes_rows"):
+        if name.startswith("__") or name in ("_session", "_stored", "takes_rows"):
             raise AttributeError(name)
         return getattr(self._session, name)
 

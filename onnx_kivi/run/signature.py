@@ -8,9 +8,10 @@ import numpy as np
 
 from ..cache_facts import CacheFacts
 from ..errors import UnsupportedModelError
-from ..naming import is_encoder_name, is_past_name, present_of
+from ..naming import KEEP_INPUTS, is_encoder_name, is_past_name, present_of
 from ..spec import PAST_LENGTH_INPUT, STORED_TOKENS
 
+MERGED_FLAG = "use_cache_branch"
 ELEMENTS: dict[str, Any] = {
     "tensor(float)": np.float32,
     "tensor(float16)": np.float16,
@@ -27,7 +28,8 @@ class Signature:
     """A decoder's inputs and outputs by the part that they play in a step.
 
     session: an onnxruntime session, or a Session. present: a past input -> the output that carries it onward, None if
-    there is none. stored: the inputs that slots of a rewritten model store, an encoder's keys and values.
+    there is none. stored: the inputs that slots of a rewritten model store, an encoder's keys and values. keep: the
+    input that says of how many of the last tokens there are logits; None if there is none.
     """
 
     def __init__(self, session: Any, facts: CacheFacts | None = None) -> None:
@@ -40,6 +42,8 @@ class Signature:
             name: paired.get(name) or present_of(name, self.outputs) for name in past if name != PAST_LENGTH_INPUT
         }
         self.stored = {name for name, i in self.inputs.items() if STORED_TOKENS in i.shape}
+        named = {i.name: i for i in (*self.inputs.values(), *session.get_overridable_initializers())}
+        self.keep = next((named[name] for name in KEEP_INPUTS if name in named), None)
 
     @property
     def vocabulary(self) -> int | None:
@@ -50,6 +54,10 @@ class Signature:
     def is_encoders(self, past: str) -> bool:
         """Whether a past input holds an encoder's keys or values: no token adds to them."""
         return self.present[past] is None or is_encoder_name(past) or past in self._facts.crossed
+
+    def makes(self, past: str) -> bool:
+        """Whether the model makes an encoder's keys or values itself, in a first step, as merged decoders do."""
+        return MERGED_FLAG in self.inputs and self.present[past] is not None
 
     def past_shape(self, name: str, batch: int, tokens: int) -> list[int]:
         """Shape of a past input that holds `tokens` tokens, or of its buffer or state where that has a fixed size."""

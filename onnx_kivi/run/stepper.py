@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -15,12 +16,14 @@ import numpy as np
 from ..arrays import Array, FloatArray, IntArray
 from ..cache_facts import CacheFacts
 from ..errors import ConfigError, UnsupportedModelError
+from ..naming import KEEP_INPUTS
 from ..runtime.cache import Cache
 from ..spec import CONTROL_INPUTS
-from .signature import Signature
+from .signature import MERGED_FLAG, Signature
 
 EMBEDDINGS = "inputs_embeds"
 POSITIONS = "position_ids"
+PREFILL_CHUNK = 64
 
 
 class Stepper:
@@ -30,7 +33,8 @@ class Stepper:
     facts: of the original's caches, where names and shapes don't tell. given: what the model takes beside tokens, by
     input name: an encoder's keys, values and mask; also where a cache or state that the model carries starts, else
     empty or at zero. What a slot stores is fed in the first step only. embed: ids (B, S) -> embeddings (B, S, width),
-    for a model that takes those. Raises ConfigError for a given name that the model has not, or that tokens fill.
+    for a model that takes those. prefill_chunk: tokens of a prompt that `last` feeds at once. Raises ConfigError for a
+    prefill_chunk below 1, a given name that the model has not, or that tokens fill.
     """
 
     def __init__(
@@ -41,6 +45,7 @@ class Stepper:
         facts: CacheFacts | None = None,
         given: Mapping[str, Array] | None = None,
         embed: Callable[[IntArray], Array] | None = None,
+        prefill_chunk: int = PREFILL_CHUNK,
     ) -> None:
         self._cache = cache
         self._run = session.run if cache is None else partial(session.run, cache=cache)
@@ -48,12 +53,14 @@ class Stepper:
         self._given = dict(given or {})
         self._embed = embed
         self._known: dict[str, Array] | None = None
+        self._chunk = check_chunk(prefill_chunk)
         self.length = cache.length if cache is not None else 0
         _check_given(self._given, self._signature)
 
-    def step(self, ids: IntArray, mask: IntArray | None = None) -> FloatArray:
+    def step(self, ids: IntArray, mask: IntArray | None = None, *, keep: int = 0) -> FloatArray:
         """Logits (B, S, vocabulary) of the new tokens `ids` (B, S); `mask` (B, T) is 0 at padding, None = no padding.
 
+        keep: logits of so many of the last tokens are enough, 0 = of all; a model that can't leave any out gives all.
         Raises UnsupportedModelError for a model whose inputs can't be filled or that has no logits.
         """
         known = self._start(ids.shape[0]) if self._known is None else self._known
@@ -61,12 +68,24 @@ class Stepper:
             mask = np.ones((ids.shape[0], self.length + ids.shape[1]), np.int64)
         embeddings = {EMBEDDINGS: self._embed(ids)} if self._embed else {}
         signature = self._signature
-        feeds = token_feeds(signature, ids, mask, {**known, **embeddings})
+        feeds = token_feeds(signature, ids, mask, {**known, **embeddings}, keep)
         results = dict(zip(signature.outputs, self._run(None, feeds), strict=True))
-        carried = {name: results[out] for name, out in signature.present.items() if out}
+        carried = {name: results[out] for name, out in signature.present.items() if out and self._carries(name)}
         self._known = {name: array for name, array in known.items() if name not in signature.stored} | carried
         self.length += ids.shape[1]
         return logits_of(results)
+
+    def last(self, ids: IntArray) -> FloatArray:
+        """Logits (B, vocabulary) of the last of the new tokens `ids` (B, S), which are fed in chunks.
+
+        Chunks end at multiples of prefill_chunk; one that fails leaves those before it in the cache. A model that
+        carries a cache or state itself is fed all at once: a chunk would copy it, and such models often take none.
+        """
+        count = ids.shape[1]
+        ends = [count] if self._signature.present else chunk_ends(self.length, count, self._chunk)
+        for begin, end in pairwise((0, *ends)):
+            logits = self.step(ids[:, begin:end], keep=1)
+        return logits[:, -1]
 
     def restart(self) -> None:
         """Forget all tokens."""
@@ -96,18 +115,41 @@ class Stepper:
         """Tokens held in quantized form; 0 for an original."""
         return self._cache.sealed_tokens if self._cache else 0
 
+    def _carries(self, past: str) -> bool:
+        """Whether the next step needs what this one gives: always of a cache that grows, of an encoder's the first."""
+        return self.length == 0 or not self._signature.is_encoders(past)
+
     def _start(self, batch: int) -> dict[str, Array]:
         """What is fed beside tokens in a first step."""
         signature = self._signature
-        own = [name for name in signature.present if not signature.is_encoders(name)]
+        own = [name for name in signature.present if not signature.is_encoders(name) or signature.makes(name)]
         empty = {name: np.zeros(signature.past_shape(name, batch, 0), signature.element(name)) for name in own}
         return {**empty, **self._given}
 
 
-def token_feeds(signature: Signature, ids: IntArray, mask: IntArray, known: Mapping[str, Array]) -> dict[str, Array]:
+def check_chunk(prefill_chunk: int) -> int:
+    """The number itself. Raises ConfigError unless it is a number of tokens."""
+    if not isinstance(prefill_chunk, int | np.integer) or prefill_chunk < 1:
+        raise ConfigError(f"prefill_chunk: expected an integer >= 1, got {prefill_chunk!r}")
+    return int(prefill_chunk)
+
+
+def chunk_ends(length: int, count: int, chunk: int) -> list[int]:
+    """Where chunks of `count` new tokens behind `length` others end, counted from the first new one.
+
+    Each but the last ends at a multiple of `chunk` tokens held, so that the same tokens are cut alike however many of
+    them were there before.
+    """
+    return [*range(chunk - length % chunk, count, chunk), count]
+
+
+def token_feeds(
+    signature: Signature, ids: IntArray, mask: IntArray, known: Mapping[str, Array], keep: int = 0
+) -> dict[str, Array]:
     """Feeds for one step: tokens (B, S) and what follows from them and from the mask (B, T), and what is `known`.
 
-    Raises UnsupportedModelError naming an input that nobody knows how to fill.
+    keep: of how many of the last tokens logits are asked for, where the model can be asked; 0 = of all. Raises
+    UnsupportedModelError naming an input that nobody knows how to fill.
     """
     feeds = {}
     for name in signature.inputs:
@@ -115,8 +157,10 @@ def token_feeds(signature: Signature, ids: IntArray, mask: IntArray, known: Mapp
             feeds[name] = known[name]
         elif name in TOKEN_INPUTS:
             feeds[name] = np.asarray(TOKEN_INPUTS[name](ids, mask)).astype(signature.element(name), copy=False)
-        elif name not in signature.stored and name not in CONTROL_INPUTS:
+        elif name not in signature.stored and name not in CONTROL_INPUTS and name not in KEEP_INPUTS:
             raise UnsupportedModelError(_unfillable(name, signature))
+    if signature.keep and (keep or signature.keep.name in signature.inputs):
+        feeds[signature.keep.name] = np.full([1] * len(signature.keep.shape), keep, np.int64)
     return feeds
 
 
@@ -134,7 +178,7 @@ def _unfillable(name: str, signature: Signature) -> str:
 
 
 def _check_given(given: Mapping[str, Array], signature: Signature) -> None:
-    filled = {*TOKEN_INPUTS, *CONTROL_INPUTS, EMBEDDINGS}
+    filled = {*TOKEN_INPUTS, *CONTROL_INPUTS, *KEEP_INPUTS, EMBEDDINGS}
     free = [name for name in signature.inputs if name not in filled]
     unknown = [name for name in given if name not in free]
     if unknown:
@@ -155,11 +199,9 @@ TOKEN_INPUTS: Mapping[str, Callable[[IntArray, IntArray], Any]] = {
     "decoder_attention_mask": lambda _, mask: mask,
     POSITIONS: _positions,
     "cache_position": lambda ids, mask: np.arange(mask.shape[1] - ids.shape[1], mask.shape[1]),
-    "use_cache_branch": lambda ids, mask: np.array([mask.shape[1] > ids.shape[1]]),
+    MERGED_FLAG: lambda ids, mask: np.array([mask.shape[1] > ids.shape[1]]),
     "seqlens_k": lambda _, mask: mask.sum(1) - 1,
     "total_sequence_length": lambda _, mask: np.array(mask.shape[1]),
-    "num_logits_to_keep": lambda *_: np.array(0),
-    "logits_to_keep": lambda *_: np.array(0),
 }
 
 

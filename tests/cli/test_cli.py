@@ -147,7 +147,7 @@ def test_info(run: Run) -> None:
 
 
 def test_help_has_an_example(run: Run) -> None:
-    benches = ("bench", "kernel-bench", "host-bench")
+    benches = ("bench", "batch-bench", "kernel-bench", "host-bench")
     for command in ("inspect", "rewrite", "verify", "generate", "ppl", *benches, "demo", "info"):
         code, out, _ = run(command, "--help")
         assert code == 0
@@ -164,6 +164,25 @@ def test_bench_rows(tiny: Path, rewritten: Callable[[int], Path], run: Run) -> N
         # 2 layers, 2 kv heads, 16 + 16 channels, f32; 5 tokens were decoded, two of them to warm up.
         assert row["reference_cache_bytes"] == (row["context"] + 5) * 2 * 2 * 32 * 4
         assert row["cache_bytes"] < 0.6 * row["reference_cache_bytes"]
+
+
+def test_batch_bench_rows(tiny: Path, rewritten: Callable[[int], Path], run: Run) -> None:
+    args = ("--reference", tiny, "--streams", "1,3", "--context", 100, "--new-tokens", 3)
+    rows = json_of(run("batch-bench", rewritten(8), *args, "--json"))["rows"]
+    assert [(row["streams"], row["context"]) for row in rows] == [(1, 100), (3, 100)]
+    for row in rows:
+        assert min(row["tokens_per_s"], row["first_token_ms"], row["reference_tokens_per_s"]) > 0
+    assert 2.5 < rows[1]["cache_bytes"] / rows[0]["cache_bytes"] < 4
+    assert "tokens/s" in run("batch-bench", rewritten(8), "--streams", 2, "--context", 20, "--new-tokens", 1)[1]
+
+
+@pytest.mark.parametrize("option", [("--streams", "0"), ("--streams", "1,x"), ("--context", "-5"), ("--new-tokens", 0)])
+def test_batch_bench_refuses_numbers_out_of_range(
+    rewritten: Callable[[int], Path], run: Run, option: tuple[str, object]
+) -> None:
+    code, _, errors = run("batch-bench", rewritten(8), *option)
+    assert code == 2
+    assert f"argument {option[0]}: expected an integer from 1" in errors
 
 
 def test_kernel_bench_rows(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -37,6 +37,8 @@ EXCHANGED = (
     ("Softmax", "LogSoftmax", "Hardmax"),
     ("Sigmoid", "Tanh", "Relu", "Neg", "Identity", "Abs"),
 )
+# An edit of one branch of a merged decoder makes two models of it, and that both are one is for verify to find.
+LEFT_OUT = {*REFUSED, *(name for name in MODELS if "merged" in name)}
 INSERTED = ("Identity", "Neg", "Relu", "Abs", "Tanh", "Transpose", "Not")
 
 
@@ -47,7 +49,7 @@ def fuzz(args: argparse.Namespace) -> None:
         for path in args.replay:
             print(path, outcome(onnx.load(path), folder))
         return
-    seeds = [onnx.load(path) for name, path in MODELS.items() if name not in REFUSED and "16" not in name]
+    seeds = [onnx.load(path) for name, path in MODELS.items() if name not in LEFT_OUT and "16" not in name]
     chance, end = random.Random(args.seed), time.monotonic() + args.seconds
     outcomes: collections.Counter[str] = collections.Counter()
     while time.monotonic() < end:

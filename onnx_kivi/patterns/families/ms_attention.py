@@ -50,7 +50,7 @@ def match(decoder: DecoderGraph, node: Node) -> Match | None:
         v_head_size=head_size,
         scale=contrib_scale(node, head_size),
         mask=terms,
-        is_causal=bool(node.attr("unidirectional", 0)),
+        is_causal=node.flag("unidirectional"),
         prologue=prologue.parts,
     )
 

@@ -40,7 +40,7 @@ def match(decoder: DecoderGraph, node: Node) -> Match | None:
     return replace(
         found,
         mask=(*mask, Added(prologue.unsqueeze(guard, 1, 2, 3))),
-        is_causal=bool(node.attr("is_causal", 0)),
+        is_causal=node.flag("is_causal"),
         prologue=prologue.parts,
         one_length=ONE_LENGTH,
     )

@@ -23,7 +23,9 @@ def attention(decoder: DecoderGraph, node: Node, *, fixed: bool) -> Match | None
     """The node over caches that are buffers of `fixed` size, or that grow; None over others. Its causality is yet to
     be told."""
     inside = bool(node.input(PAST_KEY))
-    keys, values = (_view(decoder, node, name) for name in (node.outputs[1:3] if inside else node.inputs[1:3]))
+    if inside and len(node.outputs) < 3:
+        raise MissError("it joins past and new tokens, but gives no present keys and values; expected both as outputs")
+    keys, values = (_view(decoder, node, name) for name in (node.outputs[1:3] if inside else map(node.input, (1, 2))))
     if keys is None or keys.cache.fixed != fixed:
         return None
     if values is None:
@@ -58,7 +60,7 @@ def attention(decoder: DecoderGraph, node: Node, *, fixed: bool) -> Match | None
 def causality(node: Node) -> tuple[bool, int]:
     """Whether the node is causal, and its window. Raises MissError if it counts from elsewhere than the past."""
     left, right = node.attr("left_window_size", -1), node.attr("right_window_size", -1)
-    causal = bool(node.attr("is_causal", 0))
+    causal = node.flag("is_causal")
     if (causal or left >= 0 or right >= 0) and not node.input(PAST_KEY):
         raise MissError("is_causal or a window over a cache joined outside counts positions from 0, not from the past")
     if (left >= 0 or right > 0) and not causal:

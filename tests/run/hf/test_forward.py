@@ -67,6 +67,29 @@ def test_positions_are_those_that_are_given(original: Any, dense: KiviForCausalL
     assert (found - dense(IDS).logits).abs().max() > 0.01
 
 
+def test_a_long_prompt_of_which_the_last_logits_are_wanted_goes_in_chunks(
+    original: Any, dense: KiviForCausalLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("onnx_kivi.run.transformers.model.PREFILL_CHUNK", 8)
+    fed: list[int] = []
+    run = dense.session.run
+
+    def watched(names: Any, feeds: Any, **more: Any) -> Any:
+        fed.append(feeds["input_ids"].shape[1])
+        return run(names, feeds, **more)
+
+    monkeypatch.setattr(dense.session, "run", watched)
+    positions = (LEFT_PADDED.cumsum(1) - 1).clamp(min=0)
+    found, expected = (
+        model(IDS, attention_mask=LEFT_PADDED, position_ids=positions, logits_to_keep=3) for model in (dense, original)
+    )
+    assert_close(found.logits, expected.logits)
+    assert fed == [8, 8, 4]
+    dense(IDS)
+    dense(IDS, logits_to_keep=9)
+    assert fed == [8, 8, 4, 20, 20]
+
+
 def test_a_step_after_a_prompt_sees_it(original: Any, dense: KiviForCausalLM) -> None:
     first = dense(IDS[:, :15])
     second = dense(IDS[:, 15:], **{PROTOCOL.cache_name: first[PROTOCOL.cache_name]})

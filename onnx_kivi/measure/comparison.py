@@ -28,9 +28,8 @@ class Compared:
     Where the model rounds activations to 8 bits, own is how far the original is from itself when its attention moves by
     half a step of the cache's codes, or by a rounding if there are none; and as_is the same as actual, which is then of
     copies that don't round activations. If there can be no such copies as_is is None, and rounding how far the original
-    is from itself when its attention moves by a rounding. unoptimized: measures
-    how far the original is from itself without onnxruntime's optimizations. unreached_window: the widest that no run
-    reached beyond.
+    is from itself when its attention moves by a rounding. unoptimized: measures how far it is from itself without
+    onnxruntime's optimizations. unreached_window: the widest that no run reached beyond.
     """
 
     level: str

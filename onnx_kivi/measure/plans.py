@@ -33,8 +33,8 @@ PART = 512
 class Plan:
     """choices: of runs, as Reference takes them; so many of them are needed. sinks, block: of the sibling, at `quick`.
 
-    windows: what the model's attention sees at most. half_step: of the codes, as
-    a share of their range; 0 if nothing is quantized.
+    windows: what the model's attention sees at most. half_step: of the codes, as a share of
+    their range; 0 if nothing is quantized.
     """
 
     level: str

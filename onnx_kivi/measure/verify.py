@@ -33,6 +33,8 @@ from .plans import FULL, LEVELS, QUICK, plan
 # Rounding: ten times what onnxruntime's own optimizations change, within (floor, ceiling) of the logits' range.
 ROUNDING = {"float": (1e-4, 1e-3), "float16": (5e-3, 2e-2), "bfloat16": (2e-2, 1e-1)}
 OWN_CHANGES = 10
+# Where activations are rounded to 8 bits, a last bit of difference can move one by a whole step of 1/127.
+INT8_STEP = 2e-2
 # Quantization: (mean KL in nats, top-1 agreement) that a sound cache of so many bits keeps even on random weights,
 # whose logits are nearly tied; trained models stay far below (README, "What to expect").
 LIMITS = {8: (1e-3, 0.9), 4: (0.1, 0.5), 2: (1.5, 0.2)}
@@ -147,7 +149,7 @@ def _outcome(compared: Compared, tolerance: float | None, bits: int) -> Verifica
 
 
 def _limits(compared: Compared, tolerance: float | None, bits: int) -> _Limits:
-    """A model that rounds activations is allowed what rounding makes of itself, as measured, and no constant."""
+    """A model that rounds activations is also allowed what a little change makes of itself, as measured."""
     kl, top1 = LIMITS.get(bits, (0.0, 1.0))
     own = compared.own
     rounding = _rounding(compared, tolerance)
@@ -156,8 +158,9 @@ def _limits(compared: Compared, tolerance: float | None, bits: int) -> _Limits:
     if compared.as_is is not None:
         return _Limits(rounding, kl, top1, kl + OWN_CHANGES * own.mean_kl)
     assert compared.rounding is not None
+    measured = max(rounding, INT8_STEP, OWN_CHANGES * compared.rounding.max_rel_diff)
     return _Limits(
-        max(rounding, OWN_CHANGES * compared.rounding.max_rel_diff),
+        measured if tolerance is None else tolerance,
         kl + OWN_CHANGES * own.mean_kl,
         min(top1, own.top1_agreement),
     )

@@ -12,6 +12,7 @@ import pytest
 import onnx_kivi as kivi
 from int8_models import KINDS
 from mutants import MUTANTS, Edit
+from onnx_kivi.measure import comparison
 from onnx_kivi.measure.plans import LEVELS, QUICK
 from onnx_kivi_models.tiny import tiny_config, tiny_decoder
 
@@ -65,3 +66,15 @@ def test_an_error_of_the_graph_fails(mutant: str, kind: str, level: str, folders
     window = 0 if mutant == "causal mask dropped" else WINDOW  # a window is causal itself
     checked = verified(kind, folders[kind], level, MUTANTS[mutant], window)
     assert "at 32 bits logits differ" in checked.reason
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_where_rounding_can_not_be_taken_out_the_originals_own_is_the_bound(
+    level: str, folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(comparison, "unrounded", lambda _: None)
+    checked = verified("dynamic", folders["dynamic"], level)
+    assert checked.ok, checked.reason
+    assert checked.own_kl is not None
+    assert checked.as_is_kl is None
+    assert not verified("dynamic", folders["dynamic"], level, MUTANTS["scale forgotten"]).ok

@@ -18,11 +18,12 @@ from ..run.session import Session, open_model, quiet_options
 from ..run.signature import Signature
 from ..run.stepper import Stepper
 from ..runtime.cache import Cache
-from .replay import VOCABULARY, Divergence, Tick, Tokens, divergence
+from .replay import Divergence, Tick, Tokens, divergence
 from .synthetic import ENCODER_TOKENS, synthetic_stepper
 
 FATAL = 4
 PAD = 3
+VOCABULARY = 100
 
 
 @dataclass(frozen=True, slots=True)

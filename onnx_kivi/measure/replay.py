@@ -14,7 +14,6 @@ from .perplexity import log_softmax
 from .synthetic import ENCODER_TOKENS
 
 KEPT = 16
-VOCABULARY = 100
 
 Tick = Callable[[int], None]
 """Told of every step how many tokens, of all rows, were run."""

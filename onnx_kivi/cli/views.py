@@ -62,10 +62,10 @@ def verification_view(checked: Verification) -> Table:
 def _as_is(checked: Verification) -> str | None:
     if checked.own_kl is None:
         return None
-    own = f"moved by a rounding, the original's mean KL to itself is {checked.own_kl:.1e}"
+    own = f"the original's to itself, its attention moved by half a code's step, is {checked.own_kl:.1e}"
     if checked.as_is_kl is None:
         return own
-    return f"compared without that; with it mean KL is {checked.as_is_kl:.1e}; {own}"
+    return f"compared without that; with it mean KL is {checked.as_is_kl:.1e}, and {own}"
 
 
 def rewrite_view(done: Rewritten, files: Sequence[Path], window: str | None = None) -> Table:

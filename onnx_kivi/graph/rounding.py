@@ -16,7 +16,6 @@ from .build import FreeNames
 from .edit import copied, replace_all
 from .view import Graph, Model, Node, elements
 
-NUDGE = 1 + 2.0**-22
 INT8_ACCURACY_LEVEL, FLOAT_ACCURACY_LEVEL = 4, 1
 QUANTIZE = ("QuantizeLinear", "com.microsoft.QuantizeLinear")
 DEQUANTIZE = ("DequantizeLinear", "com.microsoft.DequantizeLinear")
@@ -55,12 +54,12 @@ def unrounded(model: Model) -> Model | None:
     return None if rounds_activations(Graph(result)) else result
 
 
-def nudged(model: Model, tensors: Collection[str]) -> Model:
-    """A copy in which these float tensors are two units in the last place larger: what rounding may do to them."""
+def nudged(model: Model, tensors: Collection[str], share: float) -> Model:
+    """A copy in which these float tensors are larger by this share of them."""
     result = copied(model)
     names = FreeNames(Graph(model).tensor_names)
     factor = names.tensor("nudge")
-    result.graph.initializer.append(helper.make_tensor(factor, onnx.TensorProto.FLOAT, [], [NUDGE]))
+    result.graph.initializer.append(helper.make_tensor(factor, onnx.TensorProto.FLOAT, [], [1 + share]))
     nodes: Nodes = []
     for node in result.graph.node:
         nodes.append(node)

@@ -17,16 +17,19 @@ from .replay import Divergence, joined
 
 FLOAT = "float"
 PACKED = "MatMulNBits"
+ROUNDING = 2.0**-22
+"""Two units in the last place of float32."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Compared:
     """exact: the graph with nothing quantized; actual: as quantized (the same if nothing is), both to the original.
 
-    Where the model rounds activations to 8 bits, own is how far the original is from itself when rounding moves it; and
-    as_is the same as actual, which is then of copies that don't round, None if there can be none. unoptimized: measures
-    how far the original is from itself without onnxruntime's optimizations. unreached_window: the widest that no run
-    reached beyond.
+    Where the model rounds activations to 8 bits, own is how far the original is from itself when its attention moves by
+    half a step of the cache's codes, or by a rounding if there are none; and as_is the same as actual, which is then of
+    copies that don't round activations. If there can be no such copies as_is is None, and rounding how far the original
+    is from itself when its attention moves by a rounding. unoptimized: measures how far it is from itself without
+    onnxruntime's optimizations. unreached_window: the widest that no run reached beyond.
     """
 
     level: str
@@ -37,6 +40,7 @@ class Compared:
     unreached_window: int
     own: Divergence | None = None
     as_is: Divergence | None = None
+    rounding: Divergence | None = None
 
 
 class Comparison:
@@ -54,11 +58,10 @@ class Comparison:
         as_is = self._compared(reference, mine, rewritten)
         if not self._report.int8_activations:
             return as_is
-        self._meter.begin("verify: the original, moved by a rounding")
-        own = joined(reference.original(self._nudged(theirs)))
+        own = self._moved(reference, theirs, self._plan.half_step or ROUNDING)
         smooth, my_smooth = unrounded(theirs), unrounded(mine)
         if smooth is None or my_smooth is None:
-            return replace(as_is, own=own)
+            return replace(as_is, own=own, rounding=self._moved(reference, theirs, ROUNDING))
         reference = self._reference(self._saved(smooth, "smooth_original"), smooth, plain=True)
         compared = self._compared(reference, my_smooth, self._saved(my_smooth, "smooth"))
         return replace(compared, own=own, as_is=as_is.actual)
@@ -105,10 +108,11 @@ class Comparison:
         actual = joined(reference.rewritten(file))
         return exact if self._plan.quantizes else actual, actual
 
-    def _nudged(self, original: Model) -> Path:
-        """The original with the results of its attention moved, where they are float32."""
+    def _moved(self, reference: Reference, original: Model, share: float) -> Divergence:
+        """How far the original is from itself with the results of its attention moved, where they are float32."""
+        self._meter.begin("verify: running the original, moved a little")
         tensors = {site.output.tensor for site in self._report.sites} if self._report.element == FLOAT else set()
-        return self._saved(nudged(original, tensors), "nudged")
+        return joined(reference.original(self._saved(nudged(original, tensors, share), "nudged")))
 
     def _saved(self, model: Model, name: str) -> Path:
         path = self._folder / f"{name}.onnx"

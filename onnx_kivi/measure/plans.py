@@ -33,7 +33,8 @@ PART = 512
 class Plan:
     """choices: of runs, as Reference takes them; so many of them are needed. sinks, block: of the sibling, at `quick`.
 
-    windows: what the model's attention sees at most. quantizes: whether any slot does.
+    windows: what the model's attention sees at most. half_step: of the codes, as a share of
+    their range; 0 if nothing is quantized.
     """
 
     level: str
@@ -42,12 +43,17 @@ class Plan:
     sinks: int
     block: int
     windows: frozenset[int]
-    quantizes: bool
+    half_step: float
 
     @property
     def quick(self) -> bool:
         """Whether it is the quick one."""
         return self.level == QUICK
+
+    @property
+    def quantizes(self) -> bool:
+        """Whether any slot does."""
+        return self.half_step > 0
 
     @property
     def sessions(self) -> int:
@@ -67,7 +73,8 @@ def plan(
     steps = STEPS[level] if steps is None else steps
     windows = frozenset({a.window for a in slots} | {site.window for site in report.sites}) - {0}
     made = _quick(slots, report, windows, steps, rows) if level == QUICK else _full(slots, windows, prompt, steps, rows)
-    return Plan(level, *made, windows, _quantizes(slots))
+    bits = min(min(a.k_bits, a.v_bits) for a in slots)
+    return Plan(level, *made, windows, 2.0 ** -(bits + 1) if bits < DENSE_BITS else 0.0)
 
 
 def _quick(

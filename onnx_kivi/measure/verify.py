@@ -3,8 +3,8 @@
 At 32 bits the logits must agree to float rounding, which tells graph errors from quantization error; so a quantized
 model is verified twice: its graph with nothing quantized to rounding, and quantized by KL divergence and top-1
 agreement, past the point where every slot holds sealed blocks. Where the model itself rounds activations to 8 bits,
-both are done on copies that don't, and the model as it is may be no further from the original than that is from itself
-when rounding moves it a little.
+both are done on copies that don't; the model as it is may be some times as far from the original as that is from itself
+when its attention moves by half a step of the cache's codes.
 """
 
 from __future__ import annotations
@@ -33,6 +33,8 @@ from .plans import FULL, LEVELS, QUICK, plan
 # Rounding: ten times what onnxruntime's own optimizations change, within (floor, ceiling) of the logits' range.
 ROUNDING = {"float": (1e-4, 1e-3), "float16": (5e-3, 2e-2), "bfloat16": (2e-2, 1e-1)}
 OWN_CHANGES = 10
+# Where activations are rounded to 8 bits, a last bit of difference can move one by a whole step of 1/127.
+INT8_STEP = 2e-2
 # Quantization: (mean KL in nats, top-1 agreement) that a sound cache of so many bits keeps even on random weights,
 # whose logits are nearly tied; trained models stay far below (README, "What to expect").
 LIMITS = {8: (1e-3, 0.9), 4: (0.1, 0.5), 3: (0.4, 0.3), 2: (1.5, 0.2)}
@@ -45,9 +47,10 @@ class Verification:
     max_rel_diff: largest difference of logits at 32 bits over the original's range of logits. mean_kl (nats) and
     top1_agreement: of the model as quantized, over the tokens after the prefill. sealed_tokens: the least over its
     slots. tokens: how many were compared. bits: the fewest of any slot. own_kl: mean KL that the original has to itself
-    when rounding moves it, and as_is_kl that of the rewritten model to the original, where these round activations to 8
-    bits; the other figures are then of copies that don't. unreached_window: the widest that no run was long enough for,
-    0 if there is none. ok is False exactly when `reason` says why.
+    when its attention moves by half a step of the codes, and as_is_kl that of the rewritten model to the original,
+    where these round activations to 8 bits; the other figures are then of copies that don't, if there is an as_is_kl.
+    unreached_window: the widest that no run was long enough for, 0 if there is none. ok is False exactly when `reason`
+    says why.
     """
 
     max_rel_diff: float
@@ -146,7 +149,7 @@ def _outcome(compared: Compared, tolerance: float | None, bits: int) -> Verifica
 
 
 def _limits(compared: Compared, tolerance: float | None, bits: int) -> _Limits:
-    """A model that rounds activations is allowed what rounding makes of itself, as measured, and no constant."""
+    """A model that rounds activations is also allowed what a little change makes of itself, as measured."""
     kl, top1 = LIMITS.get(bits, (0.0, 1.0))
     own = compared.own
     rounding = _rounding(compared, tolerance)
@@ -154,8 +157,12 @@ def _limits(compared: Compared, tolerance: float | None, bits: int) -> _Limits:
         return _Limits(rounding, kl, top1)
     if compared.as_is is not None:
         return _Limits(rounding, kl, top1, kl + OWN_CHANGES * own.mean_kl)
+    assert compared.rounding is not None
+    measured = max(rounding, INT8_STEP, OWN_CHANGES * compared.rounding.max_rel_diff)
     return _Limits(
-        max(rounding, OWN_CHANGES * own.max_rel_diff), kl + OWN_CHANGES * own.mean_kl, min(top1, own.top1_agreement)
+        measured if tolerance is None else tolerance,
+        kl + OWN_CHANGES * own.mean_kl,
+        min(top1, own.top1_agreement),
     )
 
 
@@ -186,7 +193,7 @@ def _reasons(compared: Compared, limits: _Limits, bits: int) -> Iterator[str]:
     if as_is is not None and limits.as_is_kl is not None and not as_is.mean_kl <= limits.as_is_kl:
         yield (
             f"with its activations in 8 bits, mean KL {as_is.mean_kl:.1e} is over {limits.as_is_kl:.1e}, which allows "
-            "for what a rounding makes of the original"
+            "for what the original makes of a little change"
         )
 
 

@@ -72,5 +72,5 @@ def test_a_nudge_moves_a_model_by_a_rounding(tmp_path: Path) -> None:
     path = float32(tiny_decoder(), tmp_path)
     model = load(path)
     tensor = next(n.output[0] for n in model.graph.node if n.op_type == "MatMul")
-    onnx.save(nudged(model, {tensor}), tmp_path / "nudged.onnx")
+    onnx.save(nudged(model, {tensor}, 2.0**-22), tmp_path / "nudged.onnx")
     assert 0 < difference(logits(path), logits(tmp_path / "nudged.onnx")) < 1e-4

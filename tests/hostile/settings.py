@@ -57,7 +57,13 @@ VERIFY = {
         f"{name}: expected",
         OURS,
     )
-    for name, values in (("prompt", (0, -1)), ("steps", (0, -1)), ("batch", (0, -1)), ("seed", (-1,)))
+    for name, values in (
+        ("prompt", (0, -1)),
+        ("steps", (0, -1)),
+        ("batch", (0, -1)),
+        ("seed", (-1,)),
+        ("level", ("", "no")),
+    )
     for value in values
 } | {
     f"tolerance of {value}": (lambda s, v=value: kivi.verify(s.original, s.model, tolerance=v), "tolerance", OURS)

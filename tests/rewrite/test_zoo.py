@@ -15,9 +15,10 @@ import pytest
 
 import onnx_kivi as kivi
 from limits import EIGHT_BITS, HALF_ROUNDING, ROUNDING, difference, original_stepper
+from onnx_kivi.measure.plans import LEVELS
 from onnx_kivi.measure.synthetic import synthetic_stepper
 from onnx_kivi.run.signature import ELEMENTS
-from zoo import MODELS, README, REFUSED, readme
+from zoo import INT8, MODELS, README, REFUSED, readme
 
 Array = npt.NDArray[Any]
 
@@ -55,7 +56,7 @@ def rewritten(name: str, folder: Path, config: kivi.KiviConfig) -> Path:
 
 def rounding(name: str) -> float:
     """How far float rounding alone can take the model's logits, as a share of their range."""
-    return HALF_ROUNDING if "fp16" in name else ROUNDING
+    return EIGHT_BITS if name in INT8 else HALF_ROUNDING if "fp16" in name else ROUNDING
 
 
 def test_the_zoo_is_there() -> None:
@@ -97,6 +98,17 @@ def test_quantized_rewrite_is_close_and_not_identical(name: str, tmp_path: Path)
     assert cache.sealed_tokens >= SEALED
     assert differences[0] <= rounding(name)
     assert 0 < max(differences[1:]) <= EIGHT_BITS
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("name", INT8)
+def test_models_that_round_activations_are_verified_to_float_rounding(name: str, level: str, tmp_path: Path) -> None:
+    config = kivi.KiviConfig(block_tokens=BLOCK, residual_length=0, sink_length=0)
+    checked = kivi.verify(MODELS[name], rewritten(name, tmp_path, config), level=level)
+    assert checked.ok, checked.reason
+    assert checked.sealed_tokens > 0
+    assert checked.max_rel_diff <= ROUNDING
+    assert checked.tolerance == ROUNDING
 
 
 def test_all_layers_of_a_static_cache_share_their_checks() -> None:

@@ -7,5 +7,6 @@ from __future__ import annotations
 
 from .run.transformers.cache import KiviCache
 from .run.transformers.model import KiviForCausalLM
+from .run.transformers.seq2seq import KiviForSeq2SeqLM
 
-__all__ = ["KiviCache", "KiviForCausalLM"]
+__all__ = ["KiviCache", "KiviForCausalLM", "KiviForSeq2SeqLM"]

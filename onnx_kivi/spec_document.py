@@ -45,15 +45,14 @@ bfloat16 tensors, and compute in f32.
 One `KvCacheStep`, or `KvCacheStepV2`, per model runs before every attention node of it, which take its ticket.
 
 1. `past_length` -1 stands for the committed length. Any other value must be between 0 and that; tokens beyond it
-   are dropped at once. The output `past_length` is P.
+   are dropped when the step commits. The output `past_length` is P.
 2. The ticket names the handle and this step of it. Opening a step supersedes one that is open: nodes with the old
    ticket fail, and say that two runs used one handle.
 3. The committed length grows by N when the last of the model's `layers` nodes has run. Until then the cache is as
-   it was at P, and a step that is given up leaves it so.
-4. A node that fails poisons its step: later nodes of it touch nothing and fail too. The next step starts at P.
-5. A handle belongs to the first `model_id` that opens a step on it; another model's step fails. Handle 0 is the
+   it was before the step, and one that is given up leaves it so.
+4. A node that fails poisons its step: later nodes of it touch nothing and fail too.
+5. A handle belongs to the first `model_id` that commits a step on it; another model's step fails. Handle 0 is the
    default cache of the session (native host) or of the model (Python host).
-
 6. After a step of which some nodes ran, none failed and some never ran, and if no step of the handle has committed
    yet, the next step fails once: the model may have fewer nodes than it says.
 

@@ -13,7 +13,6 @@ MODELS = {path.parent.relative_to(ZOO).as_posix(): path for path in sorted(ZOO.r
 
 # Model: a part of the reason for which it is left whole.
 REFUSED = {
-    **{f"optimum/{name}/decoder_model_merged": "inside the branches" for name in ("bart", "t5", "whisper")},
     "dynamo-18/deepseek_v3_dense": "latent cache: .* not a key/value cache",
 }
 

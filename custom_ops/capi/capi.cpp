@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <string>
 
+#include "../files/cache_file.hpp"
 #include "../include/onnx_kivi.h"
 #include "../store/kernel_choice.hpp"
 #include "../store/store.hpp"
@@ -86,6 +87,14 @@ KIVI_API int64_t kivi_cache_nbytes(int64_t handle) {
 
 KIVI_API int64_t kivi_cache_shared_nbytes(int64_t handle) {
     return guarded(int64_t{-1}, [=] { return onnx_kivi::cache_shared_nbytes(handle); });
+}
+
+KIVI_API int kivi_save_cache(int64_t handle, const char* path) {
+    return guarded(-1, [=] { return onnx_kivi::save_cache(path, onnx_kivi::cache_state(handle)), 0; });
+}
+
+KIVI_API int64_t kivi_load_cache(const char* path) {
+    return guarded(int64_t{-1}, [=] { return onnx_kivi::new_cache(onnx_kivi::load_cache(path)); });
 }
 
 KIVI_API int kivi_watch_interrupts(void) { return onnx_kivi::watch_interrupts() ? 0 : -1; }

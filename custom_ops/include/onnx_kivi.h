@@ -59,6 +59,14 @@ int64_t kivi_cache_nbytes(int64_t handle);
 /* Of these, the bytes that another cache, or another row of this one, holds too. */
 int64_t kivi_cache_shared_nbytes(int64_t handle);
 
+/* Writes a cache to a file, the same bytes as Cache.save in Python; it gets its name when it is complete and synced.
+ * A link, a folder or a device in its place is refused. Returns 0. */
+int kivi_save_cache(int64_t handle, const char* path);
+
+/* Handle of a new cache, as it was saved here or in Python. A file that is damaged, or lies, is refused. The cache
+ * belongs to the model that it was saved with. */
+int64_t kivi_load_cache(const char* path);
+
 /* From now on a SIGINT (Ctrl-C) ends the run that is under way on the calling thread: it fails and its tokens are
  * dropped. The program's own handler is called too. Returns 0, or -1 where there is none, which is no error. */
 int kivi_watch_interrupts(void);

@@ -2,15 +2,18 @@
 //
 // Stateless and thin: it turns arrays into views, releases the GIL where work is done, and turns Error into the
 // classes of onnx_kivi.errors.
+#include <nanobind/stl/map.h>
 #include <nanobind/stl/pair.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/tuple.h>
+#include <nanobind/stl/variant.h>
 #include <nanobind/stl/vector.h>
 
 #include <algorithm>
 #include <type_traits>
 
 #include "../store/kernel_choice.hpp"
+#include "../store/wire.hpp"
 #include "../threads/interrupts.hpp"
 #include "../threads/pool.hpp"
 #include "bind.hpp"
@@ -26,31 +29,6 @@ void translate(const std::exception_ptr& pointer, void*) {
         const nb::object type = nb::module_::import_("onnx_kivi.errors").attr(class_name(error.kind));
         PyErr_SetString(type.ptr(), error.what());
     }
-}
-
-template <class Member>
-void read(const char* name, const nb::object& value, Member& member) {
-    if constexpr (std::is_same_v<Member, double>) {
-        member = parse_decimal(name, nb::cast<std::string>(value));
-    } else {
-        member = nb::cast<Member>(value);
-    }
-}
-
-template <class Attributes>
-Attributes from_wire(const nb::dict& values) {
-    const bool has_version = values.contains("spec_version");
-    const int64_t version = has_version ? nb::cast<int64_t>(values["spec_version"]) : FIRST_VERSION;
-    check_version(version);
-    const std::vector<std::string> known = field_names<Attributes>(version);
-    for (const auto& [name, value] : values) {
-        const auto text = nb::cast<std::string>(name);
-        if (std::find(known.begin(), known.end(), text) == known.end()) refuse_unknown(text, known);
-    }
-    Attributes attributes;
-    Attributes::fields(attributes, version, [&](const char* name, auto& member) { read(name, values[name], member); });
-    validate(attributes);
-    return attributes;
 }
 
 // (name, wire type, default or None) of each attribute, for the test that compares them with the spec.
@@ -115,10 +93,10 @@ Result released(const Function& function) {
 NB_MODULE(_native, m) {
     nb::register_exception_translator(translate);
 
-    nb::class_<StepAttributes>(m, "StepAttributes").def("__init__", [](StepAttributes* self, const nb::dict& wire) {
+    nb::class_<StepAttributes>(m, "StepAttributes").def("__init__", [](StepAttributes* self, const Wire& wire) {
         new (self) StepAttributes(from_wire<StepAttributes>(wire));
     });
-    nb::class_<SdpaAttributes>(m, "SdpaAttributes").def("__init__", [](SdpaAttributes* self, const nb::dict& wire) {
+    nb::class_<SdpaAttributes>(m, "SdpaAttributes").def("__init__", [](SdpaAttributes* self, const Wire& wire) {
         new (self) SdpaAttributes(from_wire<SdpaAttributes>(wire));
     });
     m.def("step_attribute_specs", attribute_specs<StepAttributes>);

@@ -1,28 +1,18 @@
 // Caches to and from the canonical layout, as nested tuples of NumPy arrays; onnx_kivi/runtime/native.py gives them
 // the dataclasses of onnx_kivi/runtime/backend.py. Absent sides and parts follow those.
+#include <nanobind/stl/map.h>
 #include <nanobind/stl/string.h>
+#include <nanobind/stl/variant.h>
 #include <nanobind/stl/vector.h>
 
 #include "../store/canonical.hpp"
 #include "../store/import.hpp"
+#include "../store/wire.hpp"
 #include "bind.hpp"
 
 namespace onnx_kivi {
 
 namespace {
-
-template <class Attributes>
-nb::dict to_wire(const Attributes& attributes) {
-    nb::dict wire;
-    Attributes::fields(attributes, attributes.spec_version, [&](const char* name, const auto& member) {
-        if constexpr (std::is_same_v<decltype(member), const double&>) {
-            wire[name] = nb::repr(nb::float_(member));
-        } else {
-            wire[name] = member;
-        }
-    });
-    return wire;
-}
 
 // (keys, values) of dense tokens.
 template <class Fill>
@@ -34,24 +24,26 @@ nb::tuple export_tokens(const SlotLayout& layout, int64_t tokens, const Fill& fi
     return nb::make_tuple(key, value);
 }
 
-// An array if the side is dense, else (codes, lo, scale).
-std::pair<nb::object, SideState> make_side(const SlotLayout& layout, bool dense, bool key) {
-    const SlotShape& shape = layout.blocks.shape;
-    const Side& side = key ? layout.blocks.key : layout.blocks.value;
-    SideState memory;
-    if (dense) {
-        auto [array, data] = make_array<float>({shape.kv_heads, layout.block_tokens, side.size}, FLOAT32);
-        memory.dense = data;
-        return {array, memory};
+std::pair<nb::object, void*> make_part(const Part& part) {
+    switch (part.element) {
+        case Element::float32: return make_array<float>(part.shape, FLOAT32);
+        case Element::float16: return make_array<uint16_t>(part.shape, FLOAT16);
+        case Element::uint8: return make_array<unsigned char>(part.shape, UINT8);
     }
-    const int64_t rows = key ? shape.k_size : layout.block_tokens, columns = key ? layout.block_tokens : shape.v_size;
-    std::vector<int64_t> params{shape.kv_heads, rows};
-    if (!key) params.push_back(side.groups);
-    auto [codes, code_data] = make_array<unsigned char>({shape.kv_heads, rows, (columns * side.bits + 7) / 8}, UINT8);
-    auto [lo, lo_data] = make_array<uint16_t>(params, FLOAT16);
-    auto [scale, scale_data] = make_array<uint16_t>(params, FLOAT16);
-    memory.quantized = {code_data, lo_data, scale_data};
-    return {nb::make_tuple(codes, lo, scale), memory};
+    return {};
+}
+
+// An array if the side is dense, else a tuple of its parts.
+std::pair<nb::object, SideState> make_side(const SlotLayout& layout, bool dense, bool key) {
+    nb::list arrays;
+    std::vector<void*> memory;
+    for (const Part& part : side_parts(layout, key, dense)) {
+        const auto [array, data] = make_part(part);
+        arrays.append(array);
+        memory.push_back(data);
+    }
+    const nb::object side = dense ? nb::object(arrays[0]) : nb::object(nb::tuple(arrays));
+    return {side, side_state(memory, dense)};
 }
 
 // ((sink key, sink value), freed, [block, ...], (residual key, residual value))
@@ -82,7 +74,7 @@ nb::tuple export_state(int64_t handle) {
         slots.append(nb::make_tuple(to_wire(*slot.attributes), rows));
     }
     nb::object step = nb::none();
-    if (state.step) step = to_wire(*state.step);
+    if (state.step) step = nb::cast(to_wire(*state.step));
     return nb::make_tuple(step, lengths, slots);
 }
 
@@ -99,8 +91,11 @@ public:
     }
 
     SideArrays side(nb::handle given) {
-        if (!nb::isinstance<nb::tuple>(given)) return {true, view(given), {}, {}, {}};
-        return {false, {}, view(given[0]), view(given[1]), view(given[2])};
+        const bool dense = !nb::isinstance<nb::tuple>(given);
+        std::vector<ArrayView> arrays;
+        if (dense) arrays.push_back(view(given));
+        for (std::size_t i = 0; !dense && i < nb::len(given); ++i) arrays.push_back(view(given[i]));
+        return side_arrays(arrays, dense);
     }
 
     RowArrays row(nb::handle given) {

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <charconv>
 #include <cmath>
+#include <cstdlib>
 
 namespace onnx_kivi {
 
@@ -135,6 +136,18 @@ double parse_decimal(const char* name, const std::string& text) {
         refuse_type(name, "float", quoted(text));
     }
     return value;
+}
+
+std::string decimal(double value) {
+    char digits[32];
+    const auto written = [&](std::chars_format format) {
+        return std::string(digits, std::to_chars(digits, digits + sizeof digits, value, format).ptr);
+    };
+    const std::string scientific = written(std::chars_format::scientific);
+    const int exponent = std::atoi(scientific.c_str() + scientific.find('e') + 1);
+    if (exponent < -4 || exponent >= 16) return scientific;
+    const std::string fixed = written(std::chars_format::fixed);
+    return fixed.find('.') == std::string::npos ? fixed + ".0" : fixed;
 }
 
 void refuse_type(const char* name, const char* expected, const std::string& got) {

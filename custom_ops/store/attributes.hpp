@@ -135,6 +135,9 @@ KIVI_API void validate(const SdpaAttributes& attributes);
 // locale. Throws Error(config) naming the attribute, as spec.py does.
 KIVI_API double parse_decimal(const char* name, const std::string& text);
 
+// The shortest decimal string that parses to this number, as Python's repr writes it.
+KIVI_API std::string decimal(double value);
+
 // Throws Error(config): the attribute has not the type that it should have.
 [[noreturn]] KIVI_API void refuse_type(const char* name, const char* expected, const std::string& got);
 

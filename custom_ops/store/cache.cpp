@@ -88,18 +88,14 @@ State Cache::cropped(const std::vector<int64_t>& lengths) const {
     check_crop("crop", lengths);
     State cut = state;
     if (lengths == held) return cut;
-    const bool is_empty = std::all_of(lengths.begin(), lengths.end(), [](int64_t length) { return length == 0; });
-    bool has_rows = false;
     for (auto& [index, slot] : cut.slots) {
-        if (!slot.attributes->row.is_cross()) {
-            if (is_empty) slot.rows.clear();
-            for (std::size_t b = 0; b < slot.rows.size(); ++b) {
-                slot.rows[b] = slot.rows[b].crop(*slot.layout, active_kernel(), lengths[b]);
-            }
+        if (slot.attributes->row.is_cross()) continue;
+        for (std::size_t b = 0; b < slot.rows.size(); ++b) {
+            slot.rows[b] = slot.rows[b].crop(*slot.layout, active_kernel(), lengths[b]);
         }
-        has_rows = has_rows || !slot.rows.empty();
     }
-    cut.lengths = has_rows ? lengths : std::vector<int64_t>();
+    cut.lengths = lengths;
+    cut.settle();
     return cut;
 }
 
@@ -150,6 +146,16 @@ State Cache::select(const std::vector<int64_t>& index) const {
 void Cache::become(State next) {
     end_step();
     state = std::move(next);
+    reclaim();
+}
+
+void Cache::open(std::shared_ptr<Step> next) {
+    end_step();
+    reclaim();
+    step = std::move(next);
+}
+
+void Cache::reclaim() const {
     for (const auto& [index, slot] : state.slots) {
         for (const Row& row : slot.rows) row.reclaim(*slot.layout);
     }

@@ -35,6 +35,8 @@ public:
 
     // Ends the open step, drops what it appended, and goes on with this state.
     void become(State next);
+    // The same with the state as it is, and this step.
+    void open(std::shared_ptr<Step> next);
     void end_step();
     // Of the step that is open, or was the last to be, on this cache alone; and of the next.
     int64_t ticket() const { return handle << 32 | sequence_; }
@@ -48,6 +50,7 @@ public:
     std::mutex mutex;  // the store's: guards all of this
 
 private:
+    void reclaim() const;
     void check_crop(const std::string& what, const std::vector<int64_t>& lengths) const;
 
     uint32_t sequence_ = 0;

@@ -32,6 +32,32 @@ BlockPtr import_block(const SlotLayout& layout, const BlockState& from) {
 
 }  // namespace
 
+const char* element_name(Element element) {
+    return element == Element::float32 ? "float32" : element == Element::float16 ? "float16" : "uint8";
+}
+
+int64_t element_bytes(Element element) { return element == Element::float32 ? 4 : element == Element::float16 ? 2 : 1; }
+
+std::vector<Part> side_parts(const SlotLayout& layout, bool key, bool dense) {
+    const SlotShape& shape = layout.blocks.shape;
+    const Side& side = key ? layout.blocks.key : layout.blocks.value;
+    const int64_t heads = shape.kv_heads, tokens = layout.block_tokens;
+    if (dense) return {{Element::float32, {heads, tokens, side.size}}};
+    const int64_t rows = key ? side.size : tokens, columns = key ? tokens : side.size;
+    std::vector<int64_t> parameters{heads, rows};
+    if (!key) parameters.push_back(side.groups);
+    return {{Element::uint8, {heads, rows, (columns * side.bits + 7) / 8}},
+            {Element::float16, parameters},
+            {Element::float16, parameters}};
+}
+
+SideState side_state(const std::vector<void*>& memory, bool dense) {
+    if (dense) return {static_cast<float*>(memory[0]), {}};
+    return {
+        nullptr,
+        {static_cast<unsigned char*>(memory[0]), static_cast<uint16_t*>(memory[1]), static_cast<uint16_t*>(memory[2])}};
+}
+
 void export_sinks(const SlotLayout& layout, const Row& row, const TokensState& to) {
     copy_tokens(layout.sinks, row.sinks(layout), view(layout.sinks, to));
 }

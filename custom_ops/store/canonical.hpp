@@ -18,6 +18,22 @@ struct BlockState {
     SideState key, value;
 };
 
+// An array of the canonical layout.
+enum class Element { float32, float16, uint8 };
+
+struct Part {
+    Element element;
+    std::vector<int64_t> shape;
+};
+
+const char* element_name(Element element);  // as NumPy calls it
+int64_t element_bytes(Element element);
+
+// The arrays of one side of a block, in the order of files: one if it is dense, else those of CanonicalSide.
+KIVI_API std::vector<Part> side_parts(const SlotLayout& layout, bool key, bool dense);
+// A side whose parts have this memory.
+KIVI_API SideState side_state(const std::vector<void*>& memory, bool dense);
+
 // Dense tokens of a row: f32 (Hkv, tokens, D) each.
 struct TokensState {
     float* key = nullptr;

@@ -54,6 +54,7 @@ State gathered(const std::vector<CachePtr>& caches, const std::vector<std::pair<
             slot.rows.insert(slot.rows.end(), more.begin(), more.end());
         }
     }
+    all.settle();
     return all;
 }
 

@@ -204,6 +204,11 @@ Row row_of(const SlotLayout& layout, const RowArrays& row) {
 
 }  // namespace
 
+SideArrays side_arrays(const std::vector<ArrayView>& arrays, bool dense) {
+    if (dense) return {true, arrays[0], {}, {}, {}};
+    return {false, {}, arrays[0], arrays[1], arrays[2]};
+}
+
 State import_state(const StateArrays& state) {
     check_cache(state);
     for (const SlotArrays& slot : state.slots) check_slot(slot, state.lengths);

@@ -25,6 +25,9 @@ struct SideArrays {
     ArrayView codes, lo, scale;
 };
 
+// A side of these arrays, in the order of files.
+KIVI_API SideArrays side_arrays(const std::vector<ArrayView>& arrays, bool dense);
+
 struct BlockArrays {
     SideArrays key, value;
 };

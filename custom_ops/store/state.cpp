@@ -6,6 +6,16 @@ namespace onnx_kivi {
 
 int64_t State::length() const { return lengths.empty() ? 0 : *std::max_element(lengths.begin(), lengths.end()); }
 
+void State::settle() {
+    if (length() > 0) return;
+    bool has_rows = false;
+    for (auto& [index, slot] : slots) {
+        if (!slot.attributes->row.is_cross()) slot.rows.clear();
+        has_rows = has_rows || !slot.rows.empty();
+    }
+    if (!has_rows) lengths.clear();
+}
+
 int64_t sealed_tokens(const State& state) {
     std::optional<int64_t> least;
     for (const auto& [index, slot] : state.slots) {

@@ -24,6 +24,8 @@ struct State {
     Slots slots;
 
     int64_t length() const;  // the most tokens of any row
+    // Drops rows of which none has a token: an empty cache takes any number of them.
+    void settle();
 };
 
 // Sums over a state: see onnx_kivi/runtime/backend.py.

@@ -74,16 +74,17 @@ Held Step::held(const SdpaAttributes& asked) const {
         return {{slot.rows.begin(), slot.rows.end()}, slot.layout, padded_.value_or(0)};
     }
     Held held;
-    for (const CachePtr& cache : caches) {
-        const auto found = cache->state.slots.find(asked.slot);
-        if (found != cache->state.slots.end()) check_options(*cache, found->second.attributes->row, asked);
-        if (found == cache->state.slots.end() || found->second.rows.empty()) {
-            held.rows.resize(held.rows.size() + std::max<std::size_t>(cache->state.lengths.size(), 1));
+    for (std::size_t place = 0; place < caches.size(); ++place) {
+        const State& state = base(place);
+        const auto found = state.slots.find(asked.slot);
+        if (found != state.slots.end()) check_options(*caches[place], found->second.attributes->row, asked);
+        if (found == state.slots.end() || found->second.rows.empty()) {
+            held.rows.resize(held.rows.size() + std::max<std::size_t>(state.lengths.size(), 1));
             continue;
         }
         const Slot& slot = found->second;
         if (!held.layout) held.layout = slot.layout;
-        check_sizes(*cache, asked.slot, *held.layout, *slot.layout);
+        check_sizes(*caches[place], asked.slot, *held.layout, *slot.layout);
         held.rows.insert(held.rows.end(), slot.rows.begin(), slot.rows.end());
     }
     if (!held.layout) held.rows.clear();
@@ -105,7 +106,7 @@ void Step::note(const SdpaAttributes& attributes, int64_t given, Slot after) {
             }
             padded_ = given;
         }
-        const Slots& known = caches[0]->state.slots;
+        const Slots& known = base(0).slots;
         const auto first = known.find(index);
         after.attributes =
             first == known.end() ? std::make_shared<const SdpaAttributes>(attributes) : first->second.attributes;
@@ -132,7 +133,6 @@ bool Step::evicts(const SdpaAttributes& slot) const {
 }
 
 Slots Step::changes(std::size_t place, const std::vector<int64_t>& lengths) {
-    const Cache& cache = *caches[place];
     Slots changed;
     for (auto& [index, slot] : pending_) {
         Slot& own = changed[index] = {slot.attributes, slot.layout, {}};
@@ -142,7 +142,7 @@ Slots Step::changes(std::size_t place, const std::vector<int64_t>& lengths) {
             own.rows.push_back(std::move(slot.rows[place]));
         }
     }
-    for (const auto& [index, slot] : cache.state.slots) changed.try_emplace(index, slot);
+    for (const auto& [index, slot] : base(place).slots) changed.try_emplace(index, slot);
     for (auto& [index, slot] : changed) {
         if (slot.attributes->row.is_cross()) continue;
         const bool is_freed = evicts(*slot.attributes);
@@ -168,8 +168,7 @@ void Step::commit() {
     }
     for (std::size_t place = 0; place < caches.size(); ++place) {
         Cache& cache = *caches[place];
-        cache.state.slots = std::move(changed[place]);
-        cache.state.lengths = std::move(own[place]);
+        cache.state = {attributes, std::move(own[place]), std::move(changed[place])};
         cache.step.reset();
     }
 }

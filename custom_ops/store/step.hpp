@@ -1,7 +1,7 @@
 // The step that is open on one cache or several: what its nodes have appended, commit, poison, supersede.
 //
-// A step collects new rows beside the committed ones, which are replaced all at once when the last of the model's nodes
-// has run: so a rollback is to forget the step. It covers all rows of its caches, in order, and is stale as soon as any
+// A step begins with the rows that past_length keeps, and collects new ones beside them; the committed ones are replaced
+// all at once when the last of the model's nodes has run: so a rollback is to forget the step. It covers all rows of its caches, in order, and is stale as soon as any
 // of them has gone on without it. The words are those of onnx_kivi/runtime/numpy_backend/steps.py. The store locks the
 // caches; what the nodes change of a step has a lock of its own, taken after theirs.
 #pragma once
@@ -21,16 +21,19 @@ struct Held {
 
 class Step {
 public:
-    // rows: none where nobody knows how many an empty cache will have. past: tokens of each row, {0} for an empty
+    // cut: what each cache holds for this step, where past_length keeps less than all. rows: none where nobody knows how
+    // many an empty cache will have. past: tokens of each row, {0} for an empty
     // cache. new_lengths: of each row, or one number for all; ALL_NEW = all that a node is given.
-    Step(int64_t ticket, std::vector<CachePtr> caches, const StepAttributes& attributes, std::optional<int64_t> rows,
-         std::vector<int64_t> past, std::vector<int64_t> new_lengths)
+    Step(int64_t ticket, std::vector<CachePtr> caches, std::vector<std::optional<State>> cut,
+         const StepAttributes& attributes, std::optional<int64_t> rows, std::vector<int64_t> past,
+         std::vector<int64_t> new_lengths)
         : ticket(ticket),
           caches(std::move(caches)),
           attributes(attributes),
           rows(rows),
           past(std::move(past)),
-          new_lengths(std::move(new_lengths)) {}
+          new_lengths(std::move(new_lengths)),
+          cut_(std::move(cut)) {}
 
     int64_t past_of(std::size_t row) const { return past[past.size() > 1 ? row : 0]; }
     int64_t new_of(std::size_t row, int64_t given) const;
@@ -61,6 +64,8 @@ public:
     const std::vector<int64_t> past, new_lengths;
 
 private:
+    // What the cache at `place` holds for this step.
+    const State& base(std::size_t place) const { return cut_[place] ? *cut_[place] : caches[place]->state; }
     void commit();
     std::vector<int64_t> final_lengths() const;
     // What changes of the cache at `place` of the step.
@@ -69,6 +74,7 @@ private:
     bool evicts(const SdpaAttributes& slot) const;
     [[noreturn]] void refuse_slot(int64_t slot, const std::string& what) const;
 
+    const std::vector<std::optional<State>> cut_;
     mutable std::mutex mutex_;
     Slots pending_;
     std::map<int64_t, std::optional<int64_t>> windows_;  // that the nodes of a slot evict by; none where they differ

@@ -203,25 +203,22 @@ std::pair<std::vector<int64_t>, int64_t> open_rows(std::vector<int64_t> handles,
     const std::vector<CachePtr>& caches = opened.caches;
     const std::vector<std::vector<int64_t>> kept =
         check_lengths(caches, past_lengths, new_lengths, attributes, has_all_nodes);
-    std::vector<State> next;
+    std::vector<std::optional<State>> cut;
     std::vector<int64_t> past;
     for (std::size_t i = 0; i < caches.size(); ++i) {
-        const bool is_empty = caches[i]->state.lengths.empty();
-        next.push_back(caches[i]->cropped(is_empty ? std::vector<int64_t>() : kept[i]));
-        next.back().step = attributes;
+        const std::vector<int64_t>& held = caches[i]->state.lengths;
+        const bool keeps_all = held.empty() || kept[i] == held;
+        cut.push_back(keeps_all ? std::nullopt : std::optional(caches[i]->cropped(kept[i])));
         past.insert(past.end(), kept[i].begin(), kept[i].end());
     }
-    const bool is_alone = caches.size() == 1 && next[0].lengths.empty();
+    const bool is_alone = caches.size() == 1 && (cut[0] ? *cut[0] : caches[0]->state).lengths.empty();
     if (is_alone) past = {0};
     const auto open = [&](int64_t ticket) {
         const auto rows = is_alone ? std::nullopt : std::optional(static_cast<int64_t>(past.size()));
-        return std::make_shared<Step>(ticket, caches, attributes, rows, past, new_lengths);
+        return std::make_shared<Step>(ticket, caches, std::move(cut), attributes, rows, past, new_lengths);
     };
     std::shared_ptr<Step> step = caches.size() > 1 ? open_wide(open) : open(caches[0]->next_ticket());
-    for (std::size_t i = 0; i < caches.size(); ++i) {
-        caches[i]->become(std::move(next[i]));
-        caches[i]->step = step;
-    }
+    for (const CachePtr& cache : caches) cache->open(step);
     return {past, step->ticket};
 }
 
@@ -284,7 +281,11 @@ int64_t fork_cache(int64_t handle) {
 }
 
 void reorder_cache(int64_t handle, const std::vector<int64_t>& index) {
-    with(handle, [&](Cache& cache) { cache.become(cache.select(index)); });
+    with(handle, [&](Cache& cache) {
+        State selected = cache.select(index);
+        selected.settle();
+        cache.become(std::move(selected));
+    });
 }
 
 int64_t gather_rows(const std::vector<std::pair<int64_t, int64_t>>& rows) {

@@ -23,10 +23,11 @@ from onnx_kivi.errors import KiviError
 from onnx_kivi.graph import build as node_builder
 from onnx_kivi.progress import Progress, silent
 
-from . import checkpoint, decoder, graph, tokenizer
+from . import checkpoint, decoder, graph, host_files, tokenizer
 from .cache import cached, recipe, sha256
 from .checkpoint import Checkpoint
 from .decoder import emit
+from .host_files import write_host_files
 from .tokenizer import write_tokenizer
 
 NAME = "smollm2-135m-instruct"
@@ -56,7 +57,9 @@ def build(cache_dir: Path | str | None = None, progress: Progress = silent) -> S
 
     Raises KiviError where the package can't be fetched, is not the expected one, or the cache can't be written.
     """
-    sources = (Path(str(module.__file__)) for module in (checkpoint, decoder, graph, node_builder, tokenizer))
+    sources = (
+        Path(str(module.__file__)) for module in (checkpoint, decoder, graph, host_files, node_builder, tokenizer)
+    )
     folder = cached(
         NAME,
         recipe(WHEEL_SHA256, *sources, Path(__file__)),
@@ -68,7 +71,7 @@ def build(cache_dir: Path | str | None = None, progress: Progress = silent) -> S
 
 
 def convert(source: Path, folder: Path, progress: Progress = silent) -> None:
-    """Write the Llama-type GGUF file `source` as model.onnx, model.onnx.data and tokenizer files into `folder`."""
+    """Write the Llama-type GGUF file `source` into `folder`: model, tokenizer files, hosts' configurations."""
     progress("reading the weights", 0.0)
     read = Checkpoint(source)
     config = read.config()
@@ -93,7 +96,9 @@ def convert(source: Path, folder: Path, progress: Progress = silent) -> None:
         model = emit(config, read.weights, store=store)
     onnx.save(model, folder / MODEL_FILE)
     progress("writing the tokenizer", 0.0)
-    write_tokenizer(read.vocabulary(), CONTEXT, folder)
+    vocabulary = read.vocabulary()
+    write_tokenizer(vocabulary, CONTEXT, folder)
+    write_host_files(config, vocabulary, CONTEXT, MODEL_FILE, "float32", folder)
 
 
 def chat_prompt(question: str, document: str | None = None) -> str:

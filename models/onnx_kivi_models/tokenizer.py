@@ -43,12 +43,13 @@ def write_tokenizer(vocabulary: Vocabulary, context: int, folder: Path) -> None:
         "chat_template": vocabulary.chat_template,
         **{f"{role}_token": vocabulary.tokens[index] for role, index in names.items()},
     }
-    _write_json(folder / "tokenizer_config.json", config)
-    _write_json(
+    write_json(folder / "tokenizer_config.json", config)
+    write_json(
         folder / "generation_config.json",
         {"bos_token_id": vocabulary.bos, "eos_token_id": vocabulary.eos, "pad_token_id": vocabulary.padding},
     )
 
 
-def _write_json(path: Path, content: dict[str, object]) -> None:
+def write_json(path: Path, content: dict[str, object]) -> None:
+    """Write a JSON object for people and programs to read."""
     path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")

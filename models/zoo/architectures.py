@@ -117,9 +117,13 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
         {**SEQ2SEQ, "d_model": 32, "d_kv": 8, "d_ff": 32, "num_layers": 2, "num_heads": 4, "decoder_start_token_id": 0},
     ),
     "bart": ("BartConfig", BART),
+    "m2m100": (
+        "M2M100Config",
+        {**BART, "max_position_embeddings": 80, "encoder_ffn_dim": 16, "decoder_ffn_dim": 16},
+    ),
     "whisper": ("WhisperConfig", {**BART, "num_mel_bins": 8, "max_source_positions": 1500, "max_target_positions": 96}),
 }
-ENCODER_DECODERS = frozenset({"t5", "bart", "whisper"})
+ENCODER_DECODERS = frozenset({"t5", "bart", "m2m100", "whisper"})
 KEY_BIAS_OUTLIERS = frozenset({"qwen2", "qwen2_sliding"})
 KEY_BIAS_OUTLIER = 15.0
 FINE = 0.1

@@ -5,6 +5,7 @@ Run by hand, in an environment with requirements-optimum.txt: `python export_opt
 
 from __future__ import annotations
 
+import json
 import shutil
 import sys
 import tempfile
@@ -13,10 +14,13 @@ from pathlib import Path
 import onnx
 import onnxruntime as ort
 from architectures import ARCHITECTURES, ENCODER_DECODERS, build
-from finish import finish, selected
+from finish import clean_file, finish, selected
 from onnxruntime.transformers import float16, optimizer
 from onnxruntime.transformers.fusion_options import FusionOptions
+from optimum.exporters.onnx import export as export_one
 from optimum.exporters.onnx import main_export
+from optimum.exporters.tasks import TasksManager
+from optimum.onnx import merge_decoders
 
 HERE = Path(__file__).parent
 ABSENT = {"qwen2_sliding", "deepseek_v3_dense", "gemma3n", "xglm"}
@@ -28,6 +32,8 @@ OPTIMIZED = {
     "ortopt-optimum": tuple(OPTIMIZER_TYPES),
     "optimum-fp16": ("llama",),
 }
+MERGED_STYLE = "optimum-merged"
+MERGED = ("gpt2", "opt")
 LEVELS = {
     "ort-basic-optimum": ort.GraphOptimizationLevel.ORT_ENABLE_BASIC,
     "ort-extended-optimum": ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED,
@@ -48,6 +54,36 @@ def export(name: str, folder: Path) -> None:
             place.mkdir(parents=True, exist_ok=True)
             shutil.copy(target / file, place / "model.onnx")
             finish(place)
+        if name in ENCODER_DECODERS:
+            keep_for_generation(source, target, folder)
+
+
+def keep_for_generation(source: Path, target: Path, folder: Path) -> None:
+    """What the tests of generate() take beside the decoders: the encoder, the configuration, and torch's weights."""
+    shutil.copy(source / "model.safetensors", folder)
+    for file in ("generation_config.json", "encoder_model.onnx"):
+        shutil.copy(target / file, folder)
+    config = json.loads((target / "config.json").read_text())
+    if "encoder_layers" in config:  # which transformers 5 takes from here, and 4 does not
+        config["num_hidden_layers"] = config["encoder_layers"]
+    (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    clean_file(folder / "encoder_model.onnx")
+
+
+def export_merged(name: str, folder: Path) -> None:
+    """Export a decoder without and with a past and merge them, as earlier versions of optimum did."""
+    folder.mkdir(parents=True, exist_ok=True)
+    model = build(name)
+    kind = TasksManager.get_exporter_config_constructor(
+        "onnx", model=model, task="text-generation", library_name="transformers"
+    )
+    with tempfile.TemporaryDirectory() as scratch:
+        files = [Path(scratch) / f"{past}.onnx" for past in (False, True)]
+        for past, file in enumerate(files):
+            config = kind(model.config, task="text-generation", use_past=True, use_past_in_inputs=bool(past))
+            export_one(model, config, file, opset=config.DEFAULT_ONNX_OPSET)
+        merge_decoders(*files, save_path=folder / "model.onnx")
+    finish(folder)
 
 
 def optimize(style: str, name: str, folder: Path) -> None:
@@ -74,10 +110,15 @@ def optimize(style: str, name: str, folder: Path) -> None:
 
 def main() -> None:
     """Export what the command line names, or all."""
-    wanted = {"optimum": tuple(name for name in ARCHITECTURES if name not in ABSENT), **OPTIMIZED}
+    wanted = {"optimum": tuple(name for name in ARCHITECTURES if name not in ABSENT), **OPTIMIZED, MERGED_STYLE: MERGED}
     for style, name in selected(wanted, sys.argv[1:]):
         folder = HERE / style / name
-        export(name, folder) if style == "optimum" else optimize(style, name, folder)
+        if style == "optimum":
+            export(name, folder)
+        elif style == MERGED_STYLE:
+            export_merged(name, folder)
+        else:
+            optimize(style, name, folder)
 
 
 if __name__ == "__main__":

@@ -25,15 +25,20 @@ def selected(wanted: Mapping[str, Sequence[str]], names: Sequence[str]) -> Itera
 def finish(folder: Path, padding: int = PADDING) -> None:
     """Clean `folder`/model.onnx, move its weights inside, check its size, and record a replay beside it."""
     path = folder / "model.onnx"
-    model = onnx.load(path)
-    _clean(model)
-    _clean(model.graph)
-    for part in (folder / "model.onnx.data", path):
-        part.unlink(missing_ok=True)
-    onnx.save(model, path)
+    clean_file(path)
     if path.stat().st_size > LARGEST:
         raise RuntimeError(f"{path}: {path.stat().st_size} bytes, at most {LARGEST} are wanted")
     record(path, padding)
+
+
+def clean_file(path: Path) -> None:
+    """Clean a model and move its weights inside."""
+    model = onnx.load(path)
+    _clean(model)
+    _clean(model.graph)
+    for part in (path.with_name(f"{path.name}.data"), path):
+        part.unlink(missing_ok=True)
+    onnx.save(model, path)
 
 
 def _clean(message: Any) -> None:

@@ -30,7 +30,7 @@ from ..run.tokenizer import Tokenizer, chat
 from ..runtime.hosts import describe
 from ..staging import check_target
 from .folder import RewrittenFolder, is_folder_wanted, only_model, rewrite_folder
-from .rewriting import Request, Rewritten, check_writable, rewritten
+from .rewriting import NO, Request, Rewritten, check_writable, rewritten
 from .views import (
     batch_bench_view,
     bench_view,
@@ -65,7 +65,7 @@ def inspect_model(args: argparse.Namespace, progress: Progress) -> Outcome:
 
 def rewrite_model(args: argparse.Namespace, progress: Progress) -> Outcome:
     """Rewrite and verify a file or folder; nothing gets the name asked for before all is well."""
-    request = Request(_config(args), args.partial, not args.no_verify)
+    request = Request(_config(args), args.partial, "" if args.verify == NO else args.verify)
     output = Path(args.output)
     if is_folder_wanted(args.model, output):
         return _rewrite_folder(Path(args.model), output, request, args.copy_weights, progress)
@@ -86,7 +86,8 @@ def _rewrite_file(source: Path, output: Path, request: Request, progress: Progre
     check_writable(output.parent)
     progress("rewriting", 0.0)
     model = graph.load(source)
-    done = rewritten(source, model, pipeline.examine(model, cross=request.config.cross), request, output, progress)
+    findings = pipeline.examine(model, cross=request.config.cross, source=source)
+    done = rewritten(source, model, findings, request, output, progress)
     weights = () if done.failure else graph.save(model, output)
     view = partial(rewrite_view, done.report, [output, *weights], done.checked, _said_of_window(request.config))
     return _said_of_rewriting(done, output, view)
@@ -104,6 +105,7 @@ def verify_model(args: argparse.Namespace, progress: Progress) -> Outcome:
     checked = verify(
         model_path(args.original),
         model_path(args.rewritten),
+        level=args.level,
         prompt=args.prompt,
         steps=args.steps,
         batch=args.batch,

@@ -13,10 +13,11 @@ from typing import Any
 from .. import graph
 from ..errors import ConfigError, KiviError, UnsupportedModelError
 from ..measure.verify import Verification
+from ..model_config import CONFIG_FILE, check_config
 from ..paths import MODEL_FILE, kind, tellable
 from ..progress import Progress
 from ..rewrite import pipeline
-from ..rewrite.host_config import CONFIG_FILE, GENAI_FILE, Json, adapt_genai, check_config, genai_section, read_config
+from ..rewrite.host_config import GENAI_FILE, Json, adapt_genai, facts_of, genai_section, read_config
 from ..runtime.hosts import library_path
 from ..staging import check_folder_target, place, publish, staged, staging_folder
 from .rewriting import Request, Rewritten, check_writable, rewritten
@@ -146,14 +147,14 @@ def _rewritten(
 ) -> Rewritten | None:
     """The model, rewritten in place; None if it is left as it is: without a cache, or without one that matches."""
     try:
-        findings = pipeline.examine(model, cross=request.config.cross)
+        findings = pipeline.examine(model, cross=request.config.cross, source=source.folder / name)
         report = findings.report
         if not report.has_cache or (request.partial and not report.sites):
             return None
         if source.config is not None:
-            check_config(source.config, CONFIG_FILE, report)
+            check_config(source.config, CONFIG_FILE, facts_of(report))
         if source.genai is not None:
-            check_config(genai_section(source.genai, name), GENAI_FILE, report)
+            check_config(genai_section(source.genai, name), GENAI_FILE, facts_of(report))
         progress(f"rewriting {name}", 0.0)
         return rewritten(source.folder / name, model, findings, request, output, progress)
     except KiviError as error:

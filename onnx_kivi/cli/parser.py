@@ -20,10 +20,12 @@ from rich.console import Console
 
 from .. import __version__
 from ..errors import KiviError
+from ..measure.plans import FULL, LEVELS, QUICK
 from ..progress import Progress
 from ..spec import BITS
 from . import commands
 from .progress_bar import progress_bar
+from .rewriting import NO
 
 Run = Callable[[argparse.Namespace, Progress], commands.Outcome]
 
@@ -66,6 +68,8 @@ def _real(least: float, most: float) -> Callable[[str], float]:
 OUTPUT_HELP = "the file to write; or, for a folder, the folder, unless it ends in .onnx"
 COPY_HELP = "a folder gets weights of its own (else hard links to the original's, which onnx.load refuses to read)"
 LAST_LOGITS_HELP = "add an input num_logits_to_keep, which long prompts are fed with (0, its default: all)"
+LEVEL_HELP = "full: the file as it is (default); quick: its graph with small blocks, on few tokens"
+VERIFY_HELP = "quick: the graph with small blocks, on few tokens (default); full: the file as it is; no: not at all"
 WINDOW_HELP = "lossy: a query sees the last N tokens only, and the rest is freed (default 0: all)"
 
 COUNT = _whole(0, 1 << 20)
@@ -176,15 +180,18 @@ def _rewrite(parser: argparse.ArgumentParser) -> None:
     _cross(parser)
     parser.add_argument("--partial", action="store_true", help="rewrite what matches and leave the other caches")
     parser.add_argument("--last-logits", action="store_true", help=LAST_LOGITS_HELP)
-    parser.add_argument("--no-verify", action="store_true", help="write without running original and result")
+    verify = parser.add_mutually_exclusive_group()
+    verify.add_argument("--verify", choices=(*LEVELS, NO), default=QUICK, help=VERIFY_HELP)
+    verify.add_argument("--no-verify", dest="verify", action="store_const", const=NO, help="the same as --verify no")
     parser.add_argument("--copy-weights", action="store_true", help=COPY_HELP)
 
 
 def _verify(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("original", metavar="ORIGINAL")
     parser.add_argument("rewritten", metavar="REWRITTEN")
-    parser.add_argument("--prompt", type=TOKENS, metavar="N", help="tokens of the prefill (default: enough to seal)")
-    parser.add_argument("--steps", type=TOKENS, default=4, metavar="N", help="single tokens after it (default 4)")
+    parser.add_argument("--level", choices=LEVELS, default=FULL, help=LEVEL_HELP)
+    parser.add_argument("--prompt", type=TOKENS, metavar="N", help="of a full run's prefill (default: enough to seal)")
+    parser.add_argument("--steps", type=TOKENS, metavar="N", help="single tokens after it (default 4, quick 2)")
     parser.add_argument("--batch", type=FEW, default=2, metavar="N", help="rows (default 2)")
     parser.add_argument("--seed", type=SEED, default=0, metavar="N")
     parser.add_argument("--tolerance", type=_real(0, 1), metavar="X", help="of the logits' range, at 32 bits")

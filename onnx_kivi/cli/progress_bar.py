@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
-from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 
 from ..progress import Progress
@@ -14,7 +14,10 @@ from ..progress import Progress
 
 @contextmanager
 def progress_bar(console: Console) -> Iterator[Progress]:
-    """A bar on `console` while the block runs; plain lines where it is no terminal, one for each new `what`."""
+    """A bar on `console` while the block runs, with an estimate of the time that is left.
+
+    Where it is no terminal: plain lines, one for each new `what`.
+    """
     if not console.is_terminal:
         said: list[str] = []
 
@@ -25,8 +28,8 @@ def progress_bar(console: Console) -> Iterator[Progress]:
 
         yield line
         return
-    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
-    with Bar(*columns, console=console, transient=True) as bar:
+    times = (TimeElapsedColumn(), TextColumn("left:"), TimeRemainingColumn())
+    with Bar(TextColumn("{task.description}"), BarColumn(), *times, console=console, transient=True) as bar:
         task = bar.add_task("", total=1.0)
 
         def update(what: str, fraction: float) -> None:

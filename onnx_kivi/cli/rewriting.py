@@ -16,14 +16,16 @@ from ..rewrite.pipeline import Findings, carry_out
 from ..rewrite.report import Report
 from ..staging import staging_folder
 
+NO = "no"
+
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """What is asked for, whatever the model."""
+    """What is asked for, whatever the model. verify: the level, "" for not at all."""
 
     config: KiviConfig
     partial: bool
-    verify: bool
+    verify: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,4 +71,4 @@ def rewritten(
     with staging_folder(output) as folder:
         staged = folder / output.name
         graph.save(whole, staged, link=True)
-        return Rewritten(report, verify(source, staged, report=report, progress=progress))
+        return Rewritten(report, verify(source, staged, level=request.verify, report=report, progress=progress))

@@ -51,10 +51,20 @@ def verification_view(checked: Verification) -> Table:
             f"(limit {checked.tolerance:.1e})",
             "mean KL to the original": f"{checked.mean_kl:.1e} nats over {checked.tokens} tokens",
             "top-1 agreement": f"{checked.top1_agreement:.3f}",
+            "the model rounds activations to 8 bits": _as_is(checked),
             "tokens quantized in every slot": checked.sealed_tokens,
         },
         title="verify",
     )
+
+
+def _as_is(checked: Verification) -> str | None:
+    if checked.own_kl is None:
+        return None
+    own = f"moved by a rounding, the original's mean KL to itself is {checked.own_kl:.1e}"
+    if checked.as_is_kl is None:
+        return own
+    return f"compared without that; with it mean KL is {checked.as_is_kl:.1e}; {own}"
 
 
 def rewrite_view(

@@ -68,8 +68,8 @@ def apply(changes: Changes, graph: Graph, model: Model) -> None:
     """Change `model`, of which `graph` is the index. Raises UnsupportedModelError if nodes would read in a circle."""
     outputs = [o for o in model.graph.output if o.name not in changes.removed_outputs]
     body = _body(changes, graph, [o.name for o in outputs])
-    _replace(model.graph.node, body.nodes)
-    _replace(model.graph.output, outputs)
+    replace_all(model.graph.node, body.nodes)
+    replace_all(model.graph.output, outputs)
     _set_inputs(changes, graph, model)
     _set_initializers(changes, body, model)
     _set_annotations(changes, body, model)
@@ -93,7 +93,7 @@ def _body(changes: Changes, graph: Graph, outputs: Sequence[str]) -> _Body:
     new = [node.proto() for node in changes.nodes]
     protos = [*(node.proto for node in old), *new]
     reads = [*((*node.inputs, *sorted(node.captured)) for node in old), *(tuple(node.input) for node in new)]
-    order = _needed(protos, reads, outputs)
+    order = needed(protos, reads, outputs)
     return _Body([protos[i] for i in order], [reads[i] for i in order])
 
 
@@ -105,7 +105,7 @@ def _set_inputs(changes: Changes, graph: Graph, model: Model) -> None:
         helper.make_tensor_value_info(name, onnx.TensorProto.INT64, [f"{name}s"] * default.ndim)
         for name, default in changes.new_inputs.items()
     )
-    _replace(model.graph.input, [*(i for i in model.graph.input if i.name not in gone), *new])
+    replace_all(model.graph.input, [*(i for i in model.graph.input if i.name not in gone), *new])
     for info in (*model.graph.input, *model.graph.output):
         if info.name in changes.renamed_axes:
             axis, symbol = changes.renamed_axes[info.name]
@@ -129,8 +129,8 @@ def _set_annotations(changes: Changes, body: _Body, model: Model) -> None:
     stays = made - {name for node in changes.nodes for name in node.outputs}
     known = made | _used(body, model)
     graph = model.graph
-    _replace(graph.value_info, [v for v in graph.value_info if v.name in stays])
-    _replace(graph.quantization_annotation, [q for q in graph.quantization_annotation if q.tensor_name in known])
+    replace_all(graph.value_info, [v for v in graph.value_info if v.name in stays])
+    replace_all(graph.quantization_annotation, [q for q in graph.quantization_annotation if q.tensor_name in known])
 
 
 def _used(body: _Body, model: Model) -> set[str]:
@@ -138,7 +138,7 @@ def _used(body: _Body, model: Model) -> set[str]:
     return named.union(*body.reads)
 
 
-def _replace(repeated: Any, messages: Sequence[Any]) -> None:
+def replace_all(repeated: Any, messages: Sequence[Any]) -> None:
     """Have copies of these messages, which may lie in it already, in a repeated field."""
     copies = [copied(message) for message in messages]
     del repeated[:]
@@ -153,7 +153,7 @@ def copied(message: AMessage) -> AMessage:
     return same
 
 
-def _needed(protos: Sequence[onnx.NodeProto], reads: Sequence[Collection[str]], outputs: Sequence[str]) -> list[int]:
+def needed(protos: Sequence[onnx.NodeProto], reads: Sequence[Collection[str]], outputs: Sequence[str]) -> list[int]:
     """Indices of the nodes that the outputs need, in topological order."""
     import onnx_graphsurgeon as gs
 

@@ -57,6 +57,13 @@ class Node:
             raise UnsupportedModelError(f"{self}: attribute {name!r}: expected an integer, got {value!r}")
         return value
 
+    def flag(self, name: str, default: int = 0) -> bool:
+        """Value of an attribute that is 0 or 1; kernels read some others as 0. Raises UnsupportedModelError."""
+        value = self.whole(name, default)
+        if value not in (0, 1):
+            raise UnsupportedModelError(f"{self}: attribute {name!r}: expected 0 or 1, got {value}")
+        return value == 1
+
     def count(self, name: str) -> int:
         """Value of an attribute that counts heads, say. Raises UnsupportedModelError unless it is 1 or more."""
         value = self.whole(name)
@@ -146,7 +153,7 @@ def _node(index: int, proto: onnx.NodeProto) -> Node:
         name=proto.name or (proto.output[0] if proto.output else f"#{index}"),
         inputs=tuple(proto.input),
         outputs=tuple(proto.output),
-        captured=frozenset(_captured(proto)),
+        captured=frozenset(name for graph in subgraphs(proto) for name in outer_reads(graph)),
         proto=proto,
     )
 
@@ -179,13 +186,14 @@ def subgraphs(proto: onnx.NodeProto) -> Iterator[onnx.GraphProto]:
             yield from a.graphs
 
 
-def _captured(proto: onnx.NodeProto) -> Iterator[str]:
-    for graph in subgraphs(proto):
-        local = {i.name for i in graph.input} | {t.name for t in graph.initializer}
-        for node in graph.node:
-            yield from (name for name in (*node.input, *_captured(node)) if name and name not in local)
-            local.update(node.output)
-        yield from (o.name for o in graph.output if o.name not in local)
+def outer_reads(graph: onnx.GraphProto) -> Iterator[str]:
+    """The tensors from outside that a node's graph reads."""
+    local = {i.name for i in graph.input} | {t.name for t in graph.initializer}
+    for node in graph.node:
+        inner = (name for each in subgraphs(node) for name in outer_reads(each))
+        yield from (name for name in (*node.input, *inner) if name and name not in local)
+        local.update(node.output)
+    yield from (o.name for o in graph.output if o.name not in local)
 
 
 def elements(tensor: onnx.TensorProto) -> int | None:

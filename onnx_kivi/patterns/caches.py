@@ -47,7 +47,7 @@ class Port:
 
     def is_fixed(self, node: Node) -> bool:
         """Whether this node's past is a buffer of fixed size."""
-        return bool(node.attr(self.fixed, 0)) if isinstance(self.fixed, str) else self.fixed
+        return node.flag(self.fixed) if isinstance(self.fixed, str) else self.fixed
 
 
 Ports = Mapping[str, tuple[Port, ...]]

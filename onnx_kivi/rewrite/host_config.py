@@ -1,4 +1,4 @@
-"""What config.json and genai_config.json say of a model: whether that is so, and what genai's says after a rewrite."""
+"""The configurations in a folder to rewrite, and what genai's says after the rewrite."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError
+from ..model_config import ModelFacts
 from ..paths import read_text
 from .report import Report
 
-CONFIG_FILE = "config.json"
 GENAI_FILE = "genai_config.json"
 LIBRARY_OPTION = "custom_ops_library"
 SIDES = ("inputs", "outputs")
@@ -33,20 +33,10 @@ def read_config(file: Path) -> Json | None:
     return config
 
 
-def check_config(config: Mapping[str, Any], where: str, report: Report) -> None:
-    """Raise ConfigError for a config.json, or genai's `model.decoder`, of fewer layers or other heads than the model.
-
-    Fewer layers in the model are no contradiction, as layers may share a cache or have none; nor are heads that an
-    exporter has repeated.
-    """
-    layers = config.get("num_hidden_layers")
-    held = 1 + max((site.layer for site in report.sites), default=-1)
-    if isinstance(layers, int) and not config.get("is_encoder_decoder") and held > layers:
-        raise ConfigError(_contradiction(where, "num_hidden_layers", layers, held))
-    said = [config.get(key) for key in ("num_key_value_heads", "num_attention_heads")]
-    heads = {site.kv_heads for site in report.sites}
-    if isinstance(said[0], int) and heads and not heads.intersection(said):
-        raise ConfigError(_contradiction(where, "num_key_value_heads", said[0], min(heads)))
+def facts_of(report: Report) -> ModelFacts:
+    """What a report says of a model that its configuration says too."""
+    layers = 1 + max((site.layer for site in report.sites), default=-1)
+    return ModelFacts(layers, kv_heads={site.kv_heads for site in report.sites})
 
 
 def genai_section(config: Mapping[str, Any], filename: str) -> Json:
@@ -101,7 +91,3 @@ def _live(entries: Mapping[str, Any], names: Collection[str]) -> Iterator[tuple[
         pattern = re.escape(str(name)).replace("%d", r"\d+")
         if not isinstance(name, str) or any(re.fullmatch(pattern, held) for held in names):
             yield key, name
-
-
-def _contradiction(where: str, key: str, said: int, held: int) -> str:
-    return f"{where}: expected {key} to fit the model, which has {held}, got {said}; is it another model's?"

@@ -12,15 +12,19 @@ from ..patterns.matching.latent import projection
 from .site import Site
 
 LATENT = "so that this is not a key/value cache; export a decoder that keeps keys and values of each head"
-MERGED = (
-    "the layers lie inside the branches of this node (a merged decoder); export without merging and rewrite the "
-    "decoder that takes a past"
-)
-NO_CACHE = "no input is a cache: none is joined with new tokens; export the decoder with past inputs"
+INSIDE = "this node reads it in a graph of its own"
+MERGED = "the layers lie inside the branches of this node (a merged decoder), which can't be taken apart"
+NO_CACHE = "no input is a cache: none is joined with new tokens"
+WITHOUT_PAST = "export the decoder with past inputs, as optimum-cli export onnx does for a --task TASK-with-past"
 
 
-def leftovers(decoder: DecoderGraph, sites: Sequence[Site], *, explained: bool) -> Iterator[Miss]:
-    """Misses of caches, unless a family has `explained` why, and of inputs that are only named like one."""
+def leftovers(
+    decoder: DecoderGraph, sites: Sequence[Site], *, explained: bool, merged: str = "", elsewhere: str = ""
+) -> Iterator[Miss]:
+    """Misses of caches, unless a family has `explained` why, and of inputs that are only named like one.
+
+    merged: why a decoder that looks merged could not be taken apart. elsewhere: where a decoder with a past is.
+    """
     taken = {name for site in sites for name in site.cache_inputs}
     left = [cache for cache in decoder.caches.values() if cache.input not in taken]
     loose = unjoined(decoder.graph, decoder.caches.values())
@@ -28,12 +32,13 @@ def leftovers(decoder: DecoderGraph, sites: Sequence[Site], *, explained: bool) 
         latent = {cache.input: node for cache in left if (node := projection(decoder, cache)) is not None}
         for cache in left:
             yield Miss(cache.input, _unread(decoder, cache, latent))
-    yield from _not_joined(decoder, loose)
+    inside = "; ".join(filter(None, (f"{MERGED}: {merged}", elsewhere))) if merged else INSIDE
+    yield from _not_joined(decoder, loose, inside)
     if not (left or sites or loose):
-        yield Miss("model", NO_CACHE)
+        yield Miss("model", f"{NO_CACHE}; {elsewhere or WITHOUT_PAST}")
 
 
-def _not_joined(decoder: DecoderGraph, names: Sequence[str]) -> Iterator[Miss]:
+def _not_joined(decoder: DecoderGraph, names: Sequence[str], inside: str) -> Iterator[Miss]:
     """A miss per node that reads inputs which grow before they are joined with new tokens."""
     readers: dict[Node, list[str]] = {}
     for name in names:
@@ -43,7 +48,7 @@ def _not_joined(decoder: DecoderGraph, names: Sequence[str]) -> Iterator[Miss]:
     for reader, read in readers.items():
         shown = read[0] if len(read) == 1 else f"{read[0]} and {len(read) - 1} more"
         plain = f"{reader.op} reads it before it is joined with new tokens; expected Concat or attention"
-        yield Miss(reader.name, f"cache {shown}: {MERGED if reader.captured else plain}")
+        yield Miss(reader.name, f"cache {shown}: {inside if reader.captured else plain}")
 
 
 def _unread(decoder: DecoderGraph, cache: CacheTensor, latent: Mapping[str, Node]) -> str:

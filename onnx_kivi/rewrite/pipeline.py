@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ..config import KiviConfig
 from ..errors import ConfigError, UnsupportedModelError
-from ..graph import Model, copied, fingerprint, load, set_attribute
-from ..patterns import DecoderGraph
-from ..spec import ATTENTION_OPS, DENSE_BITS, STEP_OPS
+from ..graph import Graph, Model, copied, load, rounds_activations
+from ..paths import model_path
+from ..patterns import DecoderGraph, MissError
 from .admit import admit
+from .beside import beside
 from .check import check
 from .emit import emit
 from .leftovers import leftovers
+from .merged import Merged, put_back, unlike, unmerged
 from .numbering import numbered
 from .plan import Plan
-from .precision import roughest_element, rounds_activations
+from .precision import roughest_element
 from .ragged import one_length_reason
 from .readable import readable
 from .report import Report
@@ -33,6 +35,7 @@ class Findings:
     decoder: DecoderGraph
     plan: Plan
     report: Report
+    merged: Merged | None = None
 
 
 def rewrite(model: ModelOrPath, config: KiviConfig | None = None, *, partial: bool = False) -> tuple[Model, Report]:
@@ -44,8 +47,9 @@ def rewrite(model: ModelOrPath, config: KiviConfig | None = None, *, partial: bo
     misses if there are any (or, with `partial`, if nothing matches).
     """
     config = config or KiviConfig()
+    source = None if isinstance(model, Model) else model
     model = copied(model) if isinstance(model, Model) else load(model)
-    findings = examine(model, cross=config.cross)
+    findings = examine(model, cross=config.cross, source=source)
     carry_out(findings, model, config, partial=partial)
     return model, findings.report
 
@@ -53,7 +57,11 @@ def rewrite(model: ModelOrPath, config: KiviConfig | None = None, *, partial: bo
 def carry_out(findings: Findings, model: Model, config: KiviConfig, *, partial: bool = False) -> None:
     """Rewrite the model that was examined, in place. Raises as `rewrite` does."""
     _require(findings.report, config, partial)
+    if findings.merged:
+        model.CopyFrom(findings.merged.plain)
     gone = emit(model, findings.decoder, findings.plan, findings.report, config)
+    if findings.merged:
+        put_back(findings.merged, model, findings.report.sites)
     check(model, gone)
 
 
@@ -62,27 +70,39 @@ def inspect(model: ModelOrPath, *, cross: bool = False) -> Report:
 
     Raises UnsupportedModelError if it is no model to look into.
     """
-    return examine(model if isinstance(model, Model) else load(model), cross=cross).report
+    if isinstance(model, Model):
+        return examine(model, cross=cross).report
+    return examine(load(model), cross=cross, source=model).report
 
 
-def examine(model: Model, *, cross: bool = False) -> Findings:
-    """The report on a model, which is not changed, with the decoder and the plan that it rests on."""
-    graph = readable(model)
+def examine(model: Model, *, cross: bool = False, source: str | os.PathLike[str] | None = None) -> Findings:
+    """The report on a model, which is not changed, with the decoder and the plan that it rests on.
+
+    source: its file, where other files may be named that can be rewritten if it can't.
+    """
+    graph, elsewhere = readable(model), "" if source is None else beside(model_path(source))
+    try:
+        merged = unmerged(graph, cross=cross)
+    except (MissError, UnsupportedModelError) as error:
+        return _as_it_is(graph, cross, elsewhere, merged=str(error))
+    if merged is None:
+        return _as_it_is(graph, cross, elsewhere)
+    found = _as_it_is(Graph(merged.plain), cross, elsewhere)
+    differing = tuple(unlike(merged, found.report.sites, elsewhere))
+    report = replace(found.report, sites=(), misses=differing) if differing else found.report
+    return replace(found, report=report, merged=merged)
+
+
+def _as_it_is(graph: Graph, cross: bool, elsewhere: str, merged: str = "") -> Findings:
+    """What is found in a model that is not to be taken apart, or could not be, for the reason `merged`."""
     admitted = admit(graph, cross=cross)
     decoder, sites = admitted.decoder, numbered(admitted.candidates)
-    misses = (*admitted.misses, *leftovers(decoder, sites, explained=bool(admitted.misses)))
+    explained = bool(admitted.misses)
+    left = leftovers(decoder, sites, explained=explained, merged=merged, elsewhere=elsewhere)
+    misses = (*admitted.misses, *left)
     one_length = one_length_reason(decoder, sites, partial=bool(misses))
     report = Report(sites, misses, roughest_element(decoder, sites), rounds_activations(graph), one_length)
     return Findings(decoder, admitted.plan, report)
-
-
-def dense(rewritten: Model) -> Model:
-    """A copy of a rewritten model that keeps its caches in float32."""
-    model = copied(rewritten)
-    for name in ("k_bits", "v_bits"):
-        set_attribute(model, ATTENTION_OPS, name, DENSE_BITS)
-    set_attribute(model, STEP_OPS, "model_id", fingerprint(model))
-    return model
 
 
 def _require(report: Report, config: KiviConfig, partial: bool) -> None:

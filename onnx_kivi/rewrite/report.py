@@ -31,7 +31,7 @@ class Report:
     @property
     def has_cache(self) -> bool:
         """Whether the model has a float cache, rewritable or not; false for an encoder, say."""
-        return bool(self.sites or self.misses) and not any(miss.reason == NO_CACHE for miss in self.misses)
+        return bool(self.sites or self.misses) and not any(miss.reason.startswith(NO_CACHE) for miss in self.misses)
 
     @property
     def removed_inputs(self) -> list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
+from ..errors import UnsupportedModelError
 from ..graph import Graph, NewNode, Node, TooComplexError
 from ..patterns import FAMILIES, PAST_LENGTH, CacheTensor, DecoderGraph, Family, Match, Miss, MissError, read_decoder
 from ..patterns.masks.facts import with_mask_facts
@@ -43,7 +44,7 @@ def _found(decoder: DecoderGraph) -> Iterator[Candidate | Miss]:
                     match = family.match(decoder, node)
                     if match is not None:
                         yield _candidate(match, family, node)
-                except (MissError, TooComplexError) as error:
+                except (MissError, TooComplexError, UnsupportedModelError) as error:
                     yield Miss(node.name, str(error))
 
 

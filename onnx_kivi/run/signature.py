@@ -11,6 +11,7 @@ from ..errors import UnsupportedModelError
 from ..naming import KEEP_INPUTS, is_encoder_name, is_past_name, present_of
 from ..spec import PAST_LENGTH_INPUT, STORED_TOKENS
 
+MERGED_FLAG = "use_cache_branch"
 ELEMENTS: dict[str, Any] = {
     "tensor(float)": np.float32,
     "tensor(float16)": np.float16,
@@ -53,6 +54,10 @@ class Signature:
     def is_encoders(self, past: str) -> bool:
         """Whether a past input holds an encoder's keys or values: no token adds to them."""
         return self.present[past] is None or is_encoder_name(past) or past in self._facts.crossed
+
+    def makes(self, past: str) -> bool:
+        """Whether the model makes an encoder's keys or values itself, in a first step, as merged decoders do."""
+        return MERGED_FLAG in self.inputs and self.present[past] is not None
 
     def past_shape(self, name: str, batch: int, tokens: int) -> list[int]:
         """Shape of a past input that holds `tokens` tokens, or of its buffer or state where that has a fixed size."""

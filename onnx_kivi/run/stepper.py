@@ -19,7 +19,7 @@ from ..errors import ConfigError, UnsupportedModelError
 from ..naming import KEEP_INPUTS
 from ..runtime.cache import Cache
 from ..spec import CONTROL_INPUTS
-from .signature import Signature
+from .signature import MERGED_FLAG, Signature
 
 EMBEDDINGS = "inputs_embeds"
 POSITIONS = "position_ids"
@@ -70,7 +70,7 @@ class Stepper:
         signature = self._signature
         feeds = token_feeds(signature, ids, mask, {**known, **embeddings}, keep)
         results = dict(zip(signature.outputs, self._run(None, feeds), strict=True))
-        carried = {name: results[out] for name, out in signature.present.items() if out}
+        carried = {name: results[out] for name, out in signature.present.items() if out and self._carries(name)}
         self._known = {name: array for name, array in known.items() if name not in signature.stored} | carried
         self.length += ids.shape[1]
         return logits_of(results)
@@ -115,10 +115,14 @@ class Stepper:
         """Tokens held in quantized form; 0 for an original."""
         return self._cache.sealed_tokens if self._cache else 0
 
+    def _carries(self, past: str) -> bool:
+        """Whether the next step needs what this one gives: always of a cache that grows, of an encoder's the first."""
+        return self.length == 0 or not self._signature.is_encoders(past)
+
     def _start(self, batch: int) -> dict[str, Array]:
         """What is fed beside tokens in a first step."""
         signature = self._signature
-        own = [name for name in signature.present if not signature.is_encoders(name)]
+        own = [name for name in signature.present if not signature.is_encoders(name) or signature.makes(name)]
         empty = {name: np.zeros(signature.past_shape(name, batch, 0), signature.element(name)) for name in own}
         return {**empty, **self._given}
 
@@ -195,7 +199,7 @@ TOKEN_INPUTS: Mapping[str, Callable[[IntArray, IntArray], Any]] = {
     "decoder_attention_mask": lambda _, mask: mask,
     POSITIONS: _positions,
     "cache_position": lambda ids, mask: np.arange(mask.shape[1] - ids.shape[1], mask.shape[1]),
-    "use_cache_branch": lambda ids, mask: np.array([mask.shape[1] > ids.shape[1]]),
+    MERGED_FLAG: lambda ids, mask: np.array([mask.shape[1] > ids.shape[1]]),
     "seqlens_k": lambda _, mask: mask.sum(1) - 1,
     "total_sequence_length": lambda _, mask: np.array(mask.shape[1]),
 }

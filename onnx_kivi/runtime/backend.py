@@ -144,7 +144,7 @@ class Backend(Protocol):
 
         handles: one cache, or several that hold one row each, all different. past_lengths, new_lengths: one number for
         all rows or one for each; -1 = the committed length, all new tokens. Of a cache that is empty P is (0,).
-        Tokens beyond past_length are dropped at once, as by `crop`: a rollback goes back to P tokens.
+        Tokens beyond past_length are dropped, as by `crop`, when the step commits: one that fails drops none.
         Raises CacheError naming the row: closed handle, another model's handle, past_length beyond the cache, rows of
         different lengths where the model's one_length says why not; then no cache has changed. And once, after a step
         of which some nodes ran, none failed and some never ran, where no step of the cache has committed yet: the

@@ -115,6 +115,21 @@ def test_cross_reaches_inspect_and_rewrite(tmp_path: Path, run: Run) -> None:
     ]
 
 
+def test_rewrite_verifies_at_the_level_asked_for(tiny: Path, tmp_path: Path, run: Run) -> None:
+    asked = {(): "quick", ("--verify", "full"): "full", ("--verify", "no"): None, ("--no-verify",): None}
+    for n, (options, level) in enumerate(asked.items()):
+        checked = json_of(run("rewrite", tiny, "-o", tmp_path / f"{n}.onnx", *options, *SMALL, "--json"))["verify"]
+        assert (checked and checked["level"]) == level
+
+
+@pytest.mark.parametrize("options", [("--verify", "some"), ("--verify", "full", "--no-verify")])
+def test_levels_that_do_not_go_are_bad_usage(tiny: Path, tmp_path: Path, run: Run, options: tuple[str, ...]) -> None:
+    code, _, err = run("rewrite", tiny, "-o", tmp_path / "small.onnx", *options)
+    assert code == 2
+    assert len(err.splitlines()) == 1
+    assert "--verify" in err
+
+
 def test_verify_reports_and_fails_with_1(tiny: Path, rewritten: Callable[[int], Path], run: Run) -> None:
     data = json_of(run("verify", tiny, rewritten(8), "--json"))
     assert data["ok"]

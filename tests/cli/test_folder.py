@@ -160,15 +160,36 @@ def test_a_hubs_snapshot_of_links_becomes_a_folder_of_files(source: Path, tmp_pa
 def test_a_decoder_that_does_not_match_is_named_or_left_with_partial(tmp_path: Path, run: Run) -> None:
     source, out = tmp_path / "in", tmp_path / "out"
     source.mkdir()
-    for name in ("decoder_model_merged", "decoder_with_past_model"):
-        shutil.copy(MODELS[f"optimum/t5/{name}"], source / f"{name}.onnx")
+    for name, model in (("model", "optimum/t5/decoder_with_past_model"), ("other", "dynamo-18/deepseek_v3_dense")):
+        shutil.copy(MODELS[model], source / f"{name}.onnx")
     code, _, err = run(source, "-o", out, *QUICK)
     assert code == 2
-    assert "decoder_model_merged.onnx: can't rewrite: " in refusal(err)
+    assert "other.onnx: can't rewrite: " in refusal(err)
     assert not out.exists()
     data = json_of(run(source, "-o", out, "--partial", *QUICK, "--json"))
-    assert [model["file"] for model in data["models"]] == ["decoder_with_past_model.onnx"]
-    assert not is_rewritten(out / "decoder_model_merged.onnx")
+    assert [model["file"] for model in data["models"]] == ["model.onnx"]
+    assert not is_rewritten(out / "other.onnx")
+
+
+def test_a_folder_of_optimums_has_its_decoders_rewritten(tmp_path: Path, run: Run) -> None:
+    source, out = tmp_path / "in", tmp_path / "out"
+    source.mkdir()
+    for name in ("decoder_model_merged", "decoder_with_past_model"):
+        shutil.copy(MODELS[f"optimum/t5/{name}"], source / f"{name}.onnx")
+    data = json_of(run(source, "-o", out, "--cross", *SMALL, "--json"))
+    assert [model["verify"]["ok"] for model in data["models"]] == [True, True]
+    assert all(is_rewritten(out / f"{name}.onnx") for name in ("decoder_model_merged", "decoder_with_past_model"))
+
+
+def test_a_decoder_without_a_past_names_the_one_beside_it(tmp_path: Path, run: Run) -> None:
+    onnx.save(onnx.parser.parse_model(ENCODER), tmp_path / "decoder_model.onnx")
+    ask = (tmp_path / "decoder_model.onnx", "-o", tmp_path / "out.onnx")
+    assert "as optimum-cli export onnx does for a --task TASK-with-past" in refusal(run(*ask)[2])
+    for name in ("decoder_model_merged.onnx", "decoder_with_past_model.onnx"):
+        (tmp_path / name).touch()
+        code, _, err = run(*ask)
+        assert code == 2
+        assert f"none is joined with new tokens; rewrite {name}, which lies beside it" in refusal(err)
 
 
 def test_genais_configuration_names_the_library_and_no_cache(genai: Path, tmp_path: Path, run: Run) -> None:
@@ -283,7 +304,7 @@ SOURCES: dict[str, tuple[Callable[[Path], object], str]] = {
     "link": (folder_link, "link: expected regular files and folders, got a symbolic link"),
     "dangling link": (dangling, "No such file"),
     "fewer layers": (config('{"num_hidden_layers": 1}'), "config.json: expected num_hidden_layers to fit the model"),
-    "other heads": (config('{"num_key_value_heads": 3}'), "which has 2, got 3; is it another model's?"),
+    "other heads": (config('{"num_key_value_heads": 3}'), "which has 2, got 3; take the configuration"),
     "no JSON": (config("{"), "config.json: expected JSON"),
     "no object": (config("[]"), "config.json: expected a JSON object, got list"),
 }

@@ -101,7 +101,7 @@ def _lie(header: Any, chance: random.Random) -> None:
     """Change something somewhere in the header: a number, a row or block more or less, a key."""
     at = header
     while True:
-        keys = list(at) if isinstance(at, dict) else list(range(len(at)))
+        keys = list(at) if isinstance(at, dict) else list(range(len(at))) if isinstance(at, list) else []
         if not keys:
             return
         key = chance.choice(keys)

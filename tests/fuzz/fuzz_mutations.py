@@ -21,14 +21,14 @@ import onnx
 from onnx import helper, numpy_helper
 
 import onnx_kivi as kivi
-from onnx_kivi.measure import replay
-from onnx_kivi.measure.replay import Reference
+from onnx_kivi.measure.reference import Opening, Reference, Run
+from onnx_kivi.measure.replay import joined, unheard
 from onnx_kivi.run.session import open_model
 from zoo import MODELS, REFUSED
 
 STEADY = 1e-4
 LIMIT = 1e-3
-PROMPT, STEPS, BATCH = 11, 2, 2
+PROMPT, CHUNK, STEPS, BATCH = 11, 8, 2, 2
 DENSE = kivi.KiviConfig(32, 32, block_tokens=4, residual_length=3, sink_length=2)
 EXCHANGED = (
     ("Add", "Sub", "Mul", "Div", "Max", "Min"),
@@ -37,6 +37,8 @@ EXCHANGED = (
     ("Softmax", "LogSoftmax", "Hardmax"),
     ("Sigmoid", "Tanh", "Relu", "Neg", "Identity", "Abs"),
 )
+# An edit of one branch of a merged decoder makes two models of it, and that both are one is for verify to find.
+LEFT_OUT = {*REFUSED, *(name for name in MODELS if "merged" in name)}
 INSERTED = ("Identity", "Neg", "Relu", "Abs", "Tanh", "Transpose", "Not")
 
 
@@ -47,7 +49,7 @@ def fuzz(args: argparse.Namespace) -> None:
         for path in args.replay:
             print(path, outcome(onnx.load(path), folder))
         return
-    seeds = [onnx.load(path) for name, path in MODELS.items() if name not in REFUSED and "16" not in name]
+    seeds = [onnx.load(path) for name, path in MODELS.items() if name not in LEFT_OUT and "16" not in name]
     chance, end = random.Random(args.seed), time.monotonic() + args.seconds
     outcomes: collections.Counter[str] = collections.Counter()
     while time.monotonic() < end:
@@ -85,24 +87,17 @@ def outcome(model: onnx.ModelProto, folder: Path) -> str:
     return "equal" if difference <= LIMIT else f"differs: by {difference:.1e} of the range"
 
 
-def compared(original: Path, path: Path, report: kivi.Report) -> float | None:
+def compared(original: Path, path: Path, report: kivi.Report, chunk: int = CHUNK) -> float | None:
     """How far a rewrite is from its original, as a share of its range; None if the original proves nothing."""
-    reference = Reference(original, report, [PROMPT], STEPS, BATCH, 0)
-    if not reference.noise() <= STEADY:
+    lengths = (PROMPT, chunk, *[1] * STEPS)
+    choices = [[Run(BATCH, True, lengths)], [Run(1, False, lengths)]]
+    reference = Reference(original, report, choices, 0, unheard, opening=Opening(lean=False), needed=1)
+    if not joined(reference.original(optimized=False)).max_rel_diff <= STEADY:
         return None
-    difference = reference.compare(path).max_rel_diff
+    difference = joined(reference.rewritten(path)).max_rel_diff
     if difference > LIMIT and not takes_chunks(reference, original):
-        return compared_by_tokens(original, path, report)
+        return compared(original, path, report, chunk=1)  # it takes one token at a time after its prefill
     return None if difference > LIMIT and reads_padding(reference, original) else difference
-
-
-def compared_by_tokens(original: Path, path: Path, report: kivi.Report) -> float | None:
-    """As `compared`, for an original that takes one token at a time after its prefill."""
-    before, replay.CHUNK = replay.CHUNK, 1
-    try:
-        return compared(original, path, report)
-    finally:
-        replay.CHUNK = before
 
 
 def takes_chunks(reference: Reference, original: Path) -> bool:
@@ -127,7 +122,7 @@ def reads_padding(reference: Reference, original: Path) -> bool:
         others = dataclasses.replace(
             tokens, ids=np.where(tokens.mask == 1, tokens.ids, (tokens.ids + 7) % tokens.ids.max())
         )
-        real = tokens.mask == 1
+        real = tokens.mask[:, tokens.kept] == 1
         got = others.replay(reference._stepper(session, others))
         if not np.abs(got - expected)[real].max() <= STEADY * np.ptp(expected[real]):
             return True

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import struct
 import sys
 from pathlib import Path
 
@@ -66,7 +67,7 @@ def models() -> dict[str, onnx.ModelProto]:
 
 
 def caches(folder: Path) -> None:
-    """An empty cache, and two that hold codes, dense blocks, sinks, a residual, two rows, a cross slot."""
+    """An empty cache, and some with codes, dense blocks, sinks, a residual, two rows, a cross slot; both versions."""
     backend = get_backend("numpy")
     save_state(folder / "empty.kv", backend.export_state(backend.new_cache()))
     rng = np.random.default_rng(0)
@@ -79,11 +80,24 @@ def caches(folder: Path) -> None:
         key[1, 0, 6, 3] = np.inf
         run(backend, handle, nodes, key, value, query=np.zeros((2, 2, 1, 7), np.float32))
         save_state(folder / f"{name}.kv", backend.export_state(handle))
+        if name == "dense":
+            backend.crop_rows(handle, [18, 11])
+            save_state(folder / "ragged.kv", backend.export_state(handle))
+
+
+def native_caches() -> None:
+    """The same files as the native fuzzer takes them: version, header, line break, arrays."""
+    for path in (HERE / "corpus" / "cache_file").iterdir():
+        data = path.read_bytes()
+        _, version, size = struct.unpack_from("<6sHQ", data)
+        header, arrays = data[16 : 16 + size], data[16 + size : -32]
+        (HERE / "corpus" / "native_cache_file" / path.stem).write_bytes(b"%d%b\n%b" % (version, header, arrays))
 
 
 if __name__ == "__main__":
-    for kind in ("models", "cache_file"):
+    for kind in ("models", "cache_file", "native_cache_file"):
         (HERE / "corpus" / kind).mkdir(parents=True, exist_ok=True)
     for name, model in models().items():
         (HERE / "corpus" / "models" / f"{name}.onnx").write_bytes(model.SerializeToString(deterministic=True))
     caches(HERE / "corpus" / "cache_file")
+    native_caches()

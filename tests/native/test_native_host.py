@@ -13,9 +13,11 @@ import onnxruntime as ort
 import pytest
 from onnx import TensorProto, helper
 
+import onnx_kivi as kivi
 from nodes import feeds, model
 from onnx_kivi.errors import CacheError, ConfigError, SpecMismatchError
 from onnx_kivi.runtime.backend import Backend
+from onnx_kivi_models.tiny import tiny_decoder
 from stepping import NOTHING, assert_same, run, sdpa, tokens
 
 native = pytest.importorskip("onnx_kivi.runtime.native", reason="nothing is compiled here", exc_type=ImportError)
@@ -159,6 +161,24 @@ def test_io_binding_reads_and_writes_in_place(rng: np.random.Generator) -> None:
     binding.bind_output("past")
     bound.run_with_iobinding(binding)
     np.testing.assert_array_equal(output, plain.run(None, feeds(key, key))[1])
+
+
+def test_io_binding_takes_inputs_with_a_default_as_ort_values_only() -> None:
+    served = session(kivi.rewrite(tiny_decoder())[0])
+    assert "past_length" not in [i.name for i in served.get_inputs()]
+    inputs = {"input_ids": [[1, 2, 3]], "attention_mask": [[1, 1, 1]], "position_ids": [[0, 1, 2]]}
+    expected = served.run(["logits"], inputs)[0]
+    binding = served.io_binding()
+    for name, values in inputs.items():
+        binding.bind_cpu_input(name, np.array(values))
+    binding.bind_output("logits")
+    with pytest.raises(RuntimeError, match="Failed to find NodeArg with name: past_length"):
+        binding.bind_cpu_input("past_length", np.array([0]))
+    with pytest.raises(Exception, match="attn_mask: expected shape"):
+        served.run_with_iobinding(binding)  # behind the 3 tokens that are there
+    binding.bind_ortvalue_input("past_length", ort.OrtValue.ortvalue_from_numpy(np.array([0])))
+    served.run_with_iobinding(binding)
+    np.testing.assert_array_equal(binding.copy_outputs_to_cpu()[0], expected)
 
 
 def test_onnxruntime_infers_the_shapes_of_the_nodes() -> None:

@@ -27,7 +27,6 @@ from cross_graphs import (
     rewritten,
 )
 from onnx_kivi.spec import CROSS, STORED_TOKENS
-from zoo import MODELS, REFUSED
 
 Opener = Callable[[Path], kivi.Session]
 
@@ -244,9 +243,3 @@ def test_partial_leaves_those_that_miss_as_they_are(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=KEY):
         session.run(["crossed"], new)
     assert session.run(["crossed"], new | encoder(proto, rng))[0].any()
-
-
-@pytest.mark.parametrize("name", [name for name in REFUSED if "merged" in name])
-def test_merged_decoders_are_refused_with_the_same_reason(name: str) -> None:
-    with pytest.raises(kivi.UnsupportedModelError, match=REFUSED[name]):
-        kivi.rewrite(MODELS[name], SMALL)

@@ -95,6 +95,14 @@ NEAR_MISSES: dict[str, tuple[dict[str, Any], str]] = {
         },
         "the scores are an output",
     ),
+    "a past without a present": (
+        INSIDE
+        | {
+            "outputs": {"present_key": None, "present_value": None},
+            "values": f"out = Attention(query, key, value, , {PASTS})",
+        },
+        "gives no present keys and values",
+    ),
     "values that are no cache": (
         GONE
         | {

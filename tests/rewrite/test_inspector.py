@@ -118,14 +118,3 @@ def test_every_family_has_its_own_name_and_anchors() -> None:
     names = [family.FAMILY for family in FAMILIES]
     assert len(set(names)) == len(names)
     assert all(family.ANCHORS for family in FAMILIES)
-
-
-def test_a_merged_decoder_is_named_as_such() -> None:
-    body = onnx.parser.parse_graph("then () => (float[B,2,T,8] joined) { joined = Concat<axis=2>(past_0_key, key) }")
-    other = onnx.parser.parse_graph("other () => (float[B,2,T,8] alone) { alone = Identity(key) }")
-    model = decoder(join_key=None, inputs={"flag": "bool flag"})
-    model.graph.node.insert(
-        0, onnx.helper.make_node("If", ["flag"], ["present_0_key"], name="merged", then_branch=body, else_branch=other)
-    )
-    (miss,) = (m for m in kivi.inspect(model).misses if m.node == "merged")
-    assert "export without merging" in miss.reason

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 import threading
@@ -13,7 +14,10 @@ import onnxruntime as ort
 import pytest
 
 from onnx_kivi.errors import KiviError, UnsupportedModelError
+from onnx_kivi.model_config import check_config
 from onnx_kivi.progress import silent
+from onnx_kivi.rewrite.host_config import facts_of
+from onnx_kivi.rewrite.pipeline import inspect
 from onnx_kivi_models import DecoderConfig, chat_prompt, random_weights, smollm2, tiny_config, tiny_decoder
 from onnx_kivi_models.cache import MANIFEST, cache_folder, cached, recipe
 from onnx_kivi_models.checkpoint import LAYER_NAMES, TOP_NAMES
@@ -74,6 +78,24 @@ def write_gguf(path: Path, config: DecoderConfig, seed: int, architecture: str =
     writer.write_tensors_to_file()
     writer.close()
     return path
+
+
+def test_what_hosts_want_to_know_is_that_of_the_decoder(tmp_path: Path) -> None:
+    config = tiny_config(vocabulary=320)
+    smollm2.convert(write_gguf(tmp_path / "tiny.gguf", config, seed=9), tmp_path)
+    model = onnx.load(tmp_path / "model.onnx", load_external_data=False)
+    names = {value.name for value in (*model.graph.input, *model.graph.output)}
+
+    genai = json.loads((tmp_path / "genai_config.json").read_text())["model"]["decoder"]
+    said = [*genai["inputs"].values(), *genai["outputs"].values()]
+    assert {name % layer if "%d" in name else name for name in said for layer in range(config.layers)} == names
+    sizes = (genai["num_hidden_layers"], genai["num_key_value_heads"], genai["head_size"])
+    assert sizes == (config.layers, config.kv_heads, config.head_size)
+
+    transformers = json.loads((tmp_path / "config.json").read_text())
+    assert transformers["head_dim"] * transformers["num_attention_heads"] == transformers["hidden_size"]
+    check_config(transformers, "config.json", facts_of(inspect(model)))
+    check_config(genai, "genai_config.json", facts_of(inspect(model)))
 
 
 def test_gguf_becomes_the_same_decoder(tmp_path: Path) -> None:

@@ -111,11 +111,14 @@ def test_rows_of_one_cache_may_differ_in_length_and_be_cut_apart(backend: Backen
     assert backend.lengths(handle) == ()
 
 
+@pytest.mark.parametrize("past", [[-1], [2, 8], [0]], ids=str)
 @pytest.mark.parametrize("how", ["a node fails", "superseded", "another run on one of them", "closed"])
-def test_a_ragged_step_that_fails_leaves_every_row_as_it_was(backend: Backend, rng: Random, how: str) -> None:
+def test_a_ragged_step_that_fails_leaves_every_row_as_it_was(
+    backend: Backend, rng: Random, how: str, past: list[int]
+) -> None:
     handles = caches_of(backend, rng, (5, 8))
     before = [backend.export_state(handle) for handle in handles]
-    _, ticket = backend.open_rows(handles, [-1], [-1], STEP)
+    _, ticket = backend.open_rows(handles, past, [-1], STEP)
     key = tokens(rng, 2, batch=2)
     backend.attend(ticket, NODES[0], key, key, key, NOTHING, NOTHING)
     if how == "a node fails":

@@ -113,12 +113,13 @@ class CacheLife(RuleBasedStateMachine):
     @precondition(lambda self: self.models)
     @rule(data=st.data(), done=st.integers(0, len(NODES) - 1), how=st.sampled_from(["mask", "abandon", "run", "crop"]))
     def fail(self, data: st.DataObject, done: int, how: str) -> None:
-        """Other handles of the step are left as they were too."""
+        """Every handle of the step is left as it was, and so is what past_length would have dropped."""
         handle = self.pick(data)
         handles = [handle, *(h for h in self.models if h != handle and len(self.models[h]) == 1)][:2]
         handles = handles if len(self.models[handle]) == 1 else handles[:1]
         key = tensor([[12, 13, 14, 15, 16]] * (len(handles) if len(handles) > 1 else len(self.models[handle]) or 1))
-        _, ticket = self.backend.open_rows(handles, [-1], [-1], MODEL)
+        past = data.draw(st.sampled_from([-1, 0]))
+        _, ticket = self.backend.open_rows(handles, [past], [-1], MODEL)
         for node in range(done):
             self.attend(ticket, node, key)
         if how == "run":
@@ -171,7 +172,7 @@ class CacheLife(RuleBasedStateMachine):
         if self.models[handle]:
             index = data.draw(st.lists(st.integers(0, len(self.models[handle]) - 1), min_size=1, max_size=3))
             self.backend.reorder(handle, index)
-            self.models[handle] = [self.models[handle][i] for i in index]
+            self.keep(handle, [self.models[handle][i] for i in index])
 
     @precondition(lambda self: self.models)
     @rule(data=st.data(), close=st.booleans())

@@ -14,9 +14,9 @@ from ...graph import Node
 from ..caches import CacheTensor, Port, Ports
 from ..decoder_graph import DecoderGraph
 from ..match import Added, MaskTerm, Match, MissError, Operand
+from ..matching.contrib import contrib_scale, joined_cache, refuse
 from ..matching.softmax import reduced_axes
 from ..prologue import CONTRIB, Prologue
-from .contrib import contrib_scale, joined_cache, refuse
 
 FAMILY = "gqa"
 ANCHORS = ("com.microsoft.GroupQueryAttention",)
@@ -43,7 +43,7 @@ def match(decoder: DecoderGraph, node: Node) -> Match | None:
     if keys is None or values is None:
         return None
     refuse(node, REFUSED_INPUTS, {3: "the scores"})
-    if not node.attr("causal", 1):
+    if not node.flag("causal", 1):
         raise MissError("causal=0: expected new tokens to see those before them only")
     q_heads, kv_heads = node.count("num_heads"), node.count("kv_num_heads")
     head_size = _head_size(decoder, node, keys, q_heads, kv_heads)
@@ -70,7 +70,7 @@ def match(decoder: DecoderGraph, node: Node) -> Match | None:
         is_causal=True,
         window=window,
         prologue=prologue.parts,
-        capacity=window if node.attr("sliding_window_cache", 0) else 0,
+        capacity=window if node.flag("sliding_window_cache") else 0,
         pads_right=True,
     )
 
@@ -100,7 +100,7 @@ def _operands(decoder: DecoderGraph, prologue: Prologue, node: Node, head_size: 
         query, key, value = (prologue.heads_first(name, n) for name, n in zip(node.inputs[:3], heads, strict=True))
     else:
         query, key, value = prologue.split(prologue.heads_first(node.inputs[QUERY], sum(heads)), 1, *heads)
-    if node.attr("do_rotary", 0):
+    if node.flag("do_rotary"):
         query, key = _rotated(decoder, prologue, node, (query, key), head_size)
     return query, key, value
 
@@ -114,7 +114,7 @@ def _rotated(
     if not isinstance(pairs, int) or head_size is None or not node.input(SIN):
         raise MissError("do_rotary: the sizes of cos_cache and of the heads are not known")
     tables = (_checked(prologue, _positions(prologue, node), node.inputs[COS]), node.inputs[COS], node.inputs[SIN])
-    interleaved = node.whole("rotary_interleaved", 0)
+    interleaved = int(node.flag("rotary_interleaved"))
 
     def turned(tensor: str, heads: int) -> str:
         partial: dict[str, Any] = {"rotary_embedding_dim": pairs * 2, "num_heads": heads}

@@ -15,9 +15,9 @@ from ..decoder_graph import DecoderGraph
 from ..layouts import HEADS_FIRST
 from ..match import Added, MaskTerm, Match, MissError, Operand
 from ..matching.cache_view import CacheView, cache_view, check_grows
+from ..matching.contrib import contrib_scale, joined_cache, padding_mask, refuse
 from ..matching.operands import cache_operand, head_sizes
 from ..prologue import Prologue
-from .contrib import contrib_scale, joined_cache, padding_mask, refuse
 
 FAMILY = "mha"
 ANCHORS = ("com.microsoft.MultiHeadAttention",)
@@ -37,7 +37,7 @@ def match(decoder: DecoderGraph, node: Node) -> Match | None:
     if values is None or (keys.scale, values.scale) != (1.0, 1.0):
         raise MissError(f"{node.op}: expected keys and values of caches as they are, got {node.inputs[KEY:INPUT_BIAS]}")
     refuse(node, REFUSED_INPUTS, {3: "the scores"})
-    causal = bool(node.attr("unidirectional", 0))
+    causal = node.flag("unidirectional")
     if causal and not inside:
         raise MissError("unidirectional over a cache joined outside counts positions from 0, not from the past")
     prologue = Prologue(decoder.graph)

@@ -11,8 +11,8 @@ from ...graph import Node
 from ..caches import Port, Ports
 from ..decoder_graph import DecoderGraph
 from ..match import Match, MissError, Operand
+from ..matching.contrib import contrib_scale, joined_cache, padding_mask, refuse
 from ..prologue import Prologue
-from .contrib import contrib_scale, joined_cache, padding_mask, refuse
 
 FAMILY = "ms_attention"
 ANCHORS = ("com.microsoft.Attention",)
@@ -50,7 +50,7 @@ def match(decoder: DecoderGraph, node: Node) -> Match | None:
         v_head_size=head_size,
         scale=contrib_scale(node, head_size),
         mask=terms,
-        is_causal=bool(node.attr("unidirectional", 0)),
+        is_causal=node.flag("unidirectional"),
         prologue=prologue.parts,
     )
 

@@ -18,13 +18,21 @@ from ...graph import Node
 from ..caches import CacheTensor, Port, Ports
 from ..decoder_graph import PAST_LENGTH, DecoderGraph
 from ..match import Added, Filled, MaskTerm, Match, MissError
+from ..matching import attention_node, written_out
+from ..matching.buffers import (
+    ONE_LENGTH,
+    TENSOR_SCATTER,
+    WRITTEN,
+    held_part,
+    new_size,
+    total_tokens,
+    written_at_end,
+)
 from ..matching.scores import least_fill
 from ..prologue import Prologue
-from . import decomposed, onnx_attention, tensor_scatter
-from .tensor_scatter import ONE_LENGTH, WRITTEN, held_part, new_size, total_tokens, written_at_end
 
 FAMILY = "static_buffer"
-ANCHORS = (*decomposed.ANCHORS, *onnx_attention.ANCHORS)
+ANCHORS = (*written_out.ANCHORS, *attention_node.ANCHORS)
 INDICES, NEW = 1, 2
 PORTS: Ports = {op: (Port(0, 0, 2, new=NEW, fixed=True, returned=True),) for op in ("ScatterElements", "ScatterND")}
 
@@ -51,13 +59,13 @@ def match(decoder: DecoderGraph, node: Node) -> Match | None:
 
 
 def _attention(decoder: DecoderGraph, node: Node) -> Match | None:
-    if node.op not in onnx_attention.ANCHORS:
-        return decomposed.written_out(decoder, node, fixed=True)
-    if node.input(onnx_attention.NONPAD):
+    if node.op not in attention_node.ANCHORS:
+        return written_out.attention(decoder, node, fixed=True)
+    if node.input(attention_node.NONPAD):
         return None
-    found = onnx_attention.attention(decoder, node, fixed=True)
+    found = attention_node.attention(decoder, node, fixed=True)
     if found is not None:
-        onnx_attention.causality(node)
+        attention_node.causality(node)
     return found
 
 
@@ -85,7 +93,7 @@ def _written(decoder: DecoderGraph, prologue: Prologue, cache: CacheTensor) -> I
     """What must be true of the places that tokens are written to. Raises MissError for what can't be told."""
     node = decoder.graph.producer(cache.joined)
     assert node is not None
-    if node.op in tensor_scatter.PORTS:
+    if node.op == TENSOR_SCATTER:
         yield written_at_end(decoder, prologue, cache)
         return
     if node.attr("reduction", "none") != "none":

@@ -54,7 +54,7 @@ def check_axis(decoder: DecoderGraph, softmax: Softmax) -> None:
 def is_over_last_axis(decoder: DecoderGraph, reduction: Node) -> bool:
     """Whether a reduction goes over the last axis alone and keeps it."""
     rank, axes = decoder.shapes.rank(reduction.inputs[0]), reduced_axes(decoder, reduction)
-    return bool(reduction.attr("keepdims", 1)) and (axes == [-1] or (rank is not None and axes == [rank - 1]))
+    return reduction.flag("keepdims", 1) and (axes == [-1] or (rank is not None and axes == [rank - 1]))
 
 
 def reduced_axes(decoder: DecoderGraph, node: Node) -> list[int] | None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from ...errors import CacheError
 from ...runtime.cache import Cache
 from .protocol import PROTOCOL
 
@@ -23,9 +22,8 @@ class KiviCache:
     is_linear = (False,)
     _is_user_defined = False
 
-    def __init__(self, cache: Cache, rows: int | None = None) -> None:
+    def __init__(self, cache: Cache) -> None:
         self.cache = cache
-        self._rows = rows
 
     def get_seq_length(self, layer_idx: int = 0) -> int:  # noqa: ARG002
         """Tokens held, padding included."""
@@ -47,31 +45,18 @@ class KiviCache:
 
     def reorder_cache(self, beam_idx: Any) -> None:
         """Row i becomes the old row beam_idx[i]; `beam_idx` is an integer tensor, of any length."""
-        index = beam_idx.tolist()
-        self.cache.reorder(index)
-        self._rows = len(index)
+        self.cache.reorder(beam_idx.tolist())
 
     def batch_select_indices(self, indices: Any) -> None:
         """Keep the rows of an integer tensor."""
         self.reorder_cache(indices)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        """Each row becomes `repeats` rows, side by side. Raises CacheError before a first run says how many."""
-        if self._rows is None:
-            raise CacheError(
-                "batch_repeat_interleave: expected a cache that the model has run with, got one whose rows are not "
-                "known yet; repeat the input_ids instead"
-            )
-        index = [row for row in range(self._rows) for _ in range(repeats)]
-        self.cache.reorder(index)
-        self._rows = len(index)
+        """Each row becomes `repeats` rows, side by side."""
+        self.cache.reorder([row for row in range(len(self.cache.lengths)) for _ in range(repeats)])
 
     def activate_past_recording(self) -> None:
         """Nothing to do: what crop needs is always there."""
 
-    def holds(self, rows: int) -> None:
-        """Take note that a run brought tokens of `rows` rows."""
-        self._rows = rows
-
     def __deepcopy__(self, memo: dict[int, Any]) -> KiviCache:
-        return KiviCache(self.cache.fork(), self._rows)
+        return KiviCache(self.cache.fork())

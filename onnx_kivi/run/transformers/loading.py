@@ -1,4 +1,4 @@
-"""Reads the configuration files that lie beside a model, and holds them against what the model says of itself."""
+"""Reads the configuration files that lie beside a model, and has them held against the model."""
 
 from __future__ import annotations
 
@@ -10,18 +10,17 @@ from typing import Any
 import transformers
 
 from ...errors import ConfigError
+from ...model_config import CONFIG_FILE, GENERATION_FILE, KEYS, SEQ2SEQ, ModelFacts, check_config
 from ...spec import SELF
 from ..session import Session
 from ..signature import Signature
 
-CONFIG, GENERATION_CONFIG = "config.json", "generation_config.json"
 
-
-def read_config(source: Any) -> Any:
+def open_config(source: Any) -> Any:
     """A transformers config: `source` itself, or config.json in the folder that it names. Raises ConfigError."""
     if not isinstance(source, str | os.PathLike):
         return source
-    path = Path(source) / CONFIG
+    path = Path(source) / CONFIG_FILE
     if not path.is_file():
         raise ConfigError(
             f"{path}: expected a model's configuration, got nothing there; copy the one that the model was exported "
@@ -32,26 +31,21 @@ def read_config(source: Any) -> Any:
 
 def read_generation_config(folder: Path) -> Any:
     """How to generate by default, if the folder says it. Raises ConfigError."""
-    path = folder / GENERATION_CONFIG
+    path = folder / GENERATION_FILE
     return _read(transformers.GenerationConfig.from_pretrained, path) if path.is_file() else None
 
 
-def check_config(config: Any, session: Session, where: Path) -> None:
-    """Raise ConfigError where a config has another vocabulary or other layers than the model, or is an encoder's."""
-    text = config.get_text_config(decoder=True)
+def check_described(config: Any, session: Session, where: str, *, seq2seq: bool = False) -> None:
+    """Raise ConfigError for a config of another model than the session's, or of another kind of model.
+
+    seq2seq: whether the session's is the decoder beside an encoder.
+    """
+    text = config if seq2seq else config.get_text_config(decoder=True)
+    said = {key: getattr(text, key, None) for key in KEYS} | {SEQ2SEQ: config.is_encoder_decoder}
     shared = getattr(text, "num_kv_shared_layers", None) or 0
-    layers = sum(slot.kind == SELF for slot in session.nodes.slots)
-    facts = (
-        ("is_encoder_decoder", config.is_encoder_decoder, False),
-        ("vocab_size", text.vocab_size, Signature(session).vocabulary),
-        ("num_hidden_layers", text.num_hidden_layers, layers + shared),
-    )
-    for name, said, found in facts:
-        if found is not None and said != found:
-            raise ConfigError(
-                f"{where}: expected a config of this model, with {name} {found}, got {said}; give config= (the "
-                "one that it was exported with)"
-            )
+    layers = shared + sum(slot.kind == SELF for slot in session.nodes.slots)
+    facts = ModelFacts(layers, all_layers=True, vocabulary=Signature(session).vocabulary, seq2seq=seq2seq)
+    check_config(said, where, facts)
 
 
 def _read(reader: Callable[[str], Any], path: Path) -> Any:

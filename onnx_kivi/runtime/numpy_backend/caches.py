@@ -97,6 +97,12 @@ class NumpyCache:
 
     def crop(self, lengths: Sequence[int]) -> None:
         """Keep the first tokens of each row in the slots that grow, and end the open step. Raises CacheError."""
+        state = self.cropped(lengths)
+        self.end_step()
+        self.state = state
+
+    def cropped(self, lengths: Sequence[int]) -> CacheState:
+        """The state of the first lengths[b] tokens of each row. Raises CacheError unless they can be kept."""
         held = self.state.lengths
         if len(lengths) != len(held):
             self.refuse(f"crop: expected {len(held)} lengths, one for each row, got {len(lengths)}")
@@ -104,11 +110,10 @@ class NumpyCache:
             if not 0 <= asked <= length:
                 self.refuse(f"crop: expected a length of 0 to {length}, the tokens it holds, got {asked}")
         self.check_crop("crop", lengths)
-        self.end_step()
-        if tuple(lengths) != held:
-            slots = tuple(self._cropped(slot, lengths) for slot in self.state.slots)
-            kept = tuple(lengths) if any(slot.rows for slot in slots) else ()
-            self.state = replace(self.state, lengths=kept, slots=slots)
+        if tuple(lengths) == held:
+            return self.state
+        slots = tuple(self._cropped(slot, lengths) for slot in self.state.slots)
+        return settled(replace(self.state, lengths=tuple(lengths), slots=slots))
 
     def crop_all(self, length: int) -> None:
         """Keep the first `length` tokens of each row; shorter rows keep all. Raises CacheError."""
@@ -147,7 +152,15 @@ class NumpyCache:
         if slot.attributes.kind != SELF:
             return slot
         rows = (crop(row, slot.attributes, n) for row, n in zip(slot.rows, lengths, strict=True))
-        return SlotState(slot.attributes, tuple(rows) if any(lengths) else ())
+        return SlotState(slot.attributes, tuple(rows))
+
+
+def settled(state: CacheState) -> CacheState:
+    """The state, without rows if none has a token: an empty cache takes any number of them."""
+    if any(state.lengths):
+        return state
+    slots = tuple(SlotState(s.attributes, ()) if s.attributes.kind == SELF else s for s in state.slots)
+    return replace(state, lengths=state.lengths if any(slot.rows for slot in slots) else (), slots=slots)
 
 
 def single_ticket(cache: NumpyCache) -> int:

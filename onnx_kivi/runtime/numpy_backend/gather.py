@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from ...errors import CacheError
 from ..backend import CacheState, SlotState
-from .caches import ROW_OPTIONS, NumpyCache
+from .caches import ROW_OPTIONS, NumpyCache, settled
 
 
 def gathered(caches: Mapping[int, NumpyCache], rows: Sequence[tuple[int, int]]) -> CacheState:
@@ -21,7 +21,7 @@ def gathered(caches: Mapping[int, NumpyCache], rows: Sequence[tuple[int, int]]) 
         SlotState(slots[0].attributes, tuple(row for slot in slots for row in slot.rows))
         for slots in zip(*(part.slots for part in parts), strict=True)
     )
-    return CacheState(first.step, tuple(part.lengths[0] for part in parts), tuple(slots))
+    return settled(CacheState(first.step, tuple(part.lengths[0] for part in parts), tuple(slots)))
 
 
 def _row(cache: NumpyCache, row: int) -> CacheState:

@@ -1,8 +1,9 @@
 """The step that is open on one cache or several: what its nodes have appended, commit, poison, supersede.
 
-A step works on immutable rows: it collects new ones beside the committed ones, which are replaced all at once when
-the last of the model's nodes has run. So a rollback is to forget the step, and costs nothing to prepare. A step covers
-all rows of its caches, in order; it is stale as soon as any of them has gone on without it.
+A step works on immutable rows: it begins with those that past_length keeps, and collects new ones beside them; the
+committed ones are replaced all at once when the last of the model's nodes has run. So a rollback is to forget the step,
+and costs nothing to prepare. A step covers all rows of its caches, in order; it is stale as soon as any of them has
+gone on without it.
 Nothing here locks; the store does.
 """
 
@@ -22,15 +23,16 @@ from .rows import free, row_length
 class Step:
     """What the nodes of one run have appended so far, over the rows of `caches`; `error` once one of them failed.
 
-    rows: None where nobody knows how many an empty cache will have. past: tokens of each row, (0,) for an empty cache.
-    new: of each row, or one number for all; -1 = all that a node is given. padded: the most new tokens, as the nodes
-    get them.
+    bases: what each cache holds for this step, cut to past_length. rows: None where nobody knows how many an empty
+    cache will have. past: tokens of each row, (0,) for an empty cache. new: of each row, or one number for all; -1 =
+    all that a node is given. padded: the most new tokens, as the nodes get them.
 
     The error is text: an exception would hold its traceback, that the caller's frames, and these the cache, for ever.
     """
 
     ticket: int
     caches: tuple[NumpyCache, ...]
+    bases: tuple[CacheState, ...]
     attributes: StepAttributes
     rows: int | None
     past: tuple[int, ...]
@@ -59,12 +61,12 @@ class Step:
             self._check_options(self.caches[0], self.pending[attributes.slot].attributes, attributes)
             return self.pending[attributes.slot].rows
         rows: list[RowState | None] = []
-        for cache in self.caches:
-            slot = next((s for s in cache.state.slots if s.attributes.slot == attributes.slot), None)
+        for cache, base in zip(self.caches, self.bases, strict=True):
+            slot = next((s for s in base.slots if s.attributes.slot == attributes.slot), None)
             if slot is not None:
                 self._check_options(cache, slot.attributes, attributes)
                 self._check_sizes(cache, rows, slot)
-            rows += slot.rows if slot is not None and slot.rows else [None] * max(len(cache.state.lengths), 1)
+            rows += slot.rows if slot is not None and slot.rows else [None] * max(len(base.lengths), 1)
         return tuple(rows) if any(row is not None for row in rows) else ()
 
     def note(self, attributes: SdpaAttributes, rows: tuple[RowState, ...], new_tokens: int) -> None:
@@ -80,7 +82,7 @@ class Step:
                         index, f"expected {self.padded} new tokens, as the step's other slots, got {new_tokens}"
                     )
                 self.padded = new_tokens
-            first = next((s for s in self.caches[0].state.slots if s.attributes.slot == index), None)
+            first = next((s for s in self.bases[0].slots if s.attributes.slot == index), None)
             self.pending[index] = SlotState(attributes if first is None else first.attributes, rows)
         self.nodes_done += 1
         if self.nodes_done == self.attributes.layers:
@@ -94,15 +96,15 @@ class Step:
         lengths = tuple(self.past_of(b) + self.new_of(b, self.padded or 0) for b in range(count))
         if self.padded is None:
             lengths = tuple(map(self.past_of, range(count)))
-        states = [self._committed(cache, lengths, n) for n, cache in enumerate(self.caches)]
+        states = [self._committed(base, lengths, n) for n, base in enumerate(self.bases)]
         for cache, state in zip(self.caches, states, strict=True):
             cache.state, cache.step = state, None
 
-    def _committed(self, cache: NumpyCache, lengths: tuple[int, ...], place: int) -> CacheState:
-        """What a cache holds once the step is done. Raises CacheError."""
+    def _committed(self, base: CacheState, lengths: tuple[int, ...], place: int) -> CacheState:
+        """What the cache at `place` holds once the step is done. Raises CacheError."""
         own = slice(place, place + 1) if len(self.caches) > 1 else slice(None)
         pending = {i: SlotState(slot.attributes, slot.rows[own]) for i, slot in self.pending.items()}
-        slots = {s.attributes.slot: s for s in cache.state.slots} | pending
+        slots = {s.attributes.slot: s for s in base.slots} | pending
         for index, slot in slots.items():
             if slot.attributes.kind == SELF:
                 held = tuple(row_length(row, slot.attributes.block_tokens) for row in slot.rows)
@@ -110,7 +112,7 @@ class Step:
                     if tokens != length:
                         self._refuse_slot(index, f"expected {length} tokens at the end of the step, got {tokens}")
         kept = tuple(self._freed(slots[i]) for i in sorted(slots))
-        return replace(cache.state, lengths=lengths[own], slots=kept)
+        return replace(base, step=self.attributes, lengths=lengths[own], slots=kept)
 
     def _freed(self, slot: SlotState) -> SlotState:
         """The slot without what no node will see again, if all its nodes have one window, and evict."""

@@ -11,7 +11,6 @@ import threading
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
 from typing import NoReturn
 from weakref import WeakValueDictionary
 
@@ -22,7 +21,7 @@ from ...errors import CacheError
 from ...spec import ALL_NEW, DEFAULT_HANDLE, DENSE_BITS, SdpaAttributes, StepAttributes
 from ..backend import CacheState, RowState, make_ticket, ticket_handle
 from ..state import check_state
-from .caches import EMPTY, NumpyCache, single_ticket
+from .caches import EMPTY, NumpyCache, settled, single_ticket
 from .gather import gathered
 from .node import TENSORS, attend_node
 from .opening import check_lengths, check_rows
@@ -67,13 +66,16 @@ class NumpyBackend:
         with self._open(*handles) as caches:
             past = check_lengths(caches, past_lengths, new_lengths, step)
             places = [slice(None)] if len(caches) == 1 else [slice(row, row + 1) for row in range(len(caches))]
-            for cache, place in zip(caches, places, strict=True):
-                cache.crop(past[place] if cache.state.lengths else ())
-                cache.state = replace(cache.state, step=step)
-            alone = len(caches) == 1 and not caches[0].state.lengths
+            bases = tuple(
+                cache.cropped(past[place] if cache.state.lengths else ())
+                for cache, place in zip(caches, places, strict=True)
+            )
+            for cache in caches:
+                cache.end_step()
+            alone = len(caches) == 1 and not bases[0].lengths
             past = (0,) if alone else past
             rows = None if alone else len(past)
-            opened = Step(self._ticket(caches), caches, step, rows, past, tuple(new_lengths))
+            opened = Step(self._ticket(caches), caches, bases, step, rows, past, tuple(new_lengths))
             if len(caches) > 1:
                 self._wide_steps[ticket_handle(opened.ticket)] = opened
             for cache in caches:
@@ -177,7 +179,7 @@ class NumpyBackend:
     def reorder(self, handle: int, index: Sequence[int]) -> None:
         """Row i becomes the old row index[i]."""
         with self._open(handle) as (cache,):
-            state = cache.select(index)
+            state = settled(cache.select(index))
             cache.end_step()
             cache.state = state
 

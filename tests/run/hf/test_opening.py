@@ -93,15 +93,16 @@ def test_a_generation_config_that_cannot_be_read(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("facts", "words"),
     [
-        ({"vocab_size": 300}, "with vocab_size 260, got 300; give config="),
-        ({"num_hidden_layers": 3}, "with num_hidden_layers 2, got 3; give config="),
-        ({"is_encoder_decoder": True}, "with is_encoder_decoder False, got True; give config="),
+        ({"vocab_size": 300}, "vocab_size to fit the model, which has 260, got 300; take"),
+        ({"num_hidden_layers": 3}, "num_hidden_layers to fit the model, which has 2, got 3; take"),
+        ({"is_encoder_decoder": True}, "is_encoder_decoder to fit the model, which has False, got True; take"),
     ],
 )
 def test_a_config_that_contradicts_the_model(facts: dict[str, Any], words: str, folder: Path) -> None:
     line = refusal(changed(folder, **facts))
-    assert line.startswith(f"{folder / 'model.onnx'}: expected a config of this model, ")
-    assert words in line
+    assert line.startswith(f"{folder / 'config.json'}: expected {words}")
+    with pytest.raises(kivi.ConfigError, match=f"^config: expected {words}"):
+        KiviForCausalLM.from_pretrained(folder, AutoConfig.from_pretrained(folder))
 
 
 def test_a_model_that_carries_caches_itself(folder: Path) -> None:

@@ -1,0 +1,75 @@
+#include "sha256.hpp"
+
+#include <algorithm>
+#include <bit>
+#include <cstring>
+
+namespace onnx_kivi {
+
+namespace {
+
+constexpr uint32_t ROUND_CONSTANTS[64] = {
+    0x428a2f98, 0x71374491, 0xb5c0fbcf, 0xe9b5dba5, 0x3956c25b, 0x59f111f1, 0x923f82a4, 0xab1c5ed5,
+    0xd807aa98, 0x12835b01, 0x243185be, 0x550c7dc3, 0x72be5d74, 0x80deb1fe, 0x9bdc06a7, 0xc19bf174,
+    0xe49b69c1, 0xefbe4786, 0x0fc19dc6, 0x240ca1cc, 0x2de92c6f, 0x4a7484aa, 0x5cb0a9dc, 0x76f988da,
+    0x983e5152, 0xa831c66d, 0xb00327c8, 0xbf597fc7, 0xc6e00bf3, 0xd5a79147, 0x06ca6351, 0x14292967,
+    0x27b70a85, 0x2e1b2138, 0x4d2c6dfc, 0x53380d13, 0x650a7354, 0x766a0abb, 0x81c2c92e, 0x92722c85,
+    0xa2bfe8a1, 0xa81a664b, 0xc24b8b70, 0xc76c51a3, 0xd192e819, 0xd6990624, 0xf40e3585, 0x106aa070,
+    0x19a4c116, 0x1e376c08, 0x2748774c, 0x34b0bcb5, 0x391c0cb3, 0x4ed8aa4a, 0x5b9cca4f, 0x682e6ff3,
+    0x748f82ee, 0x78a5636f, 0x84c87814, 0x8cc70208, 0x90befffa, 0xa4506ceb, 0xbef9a3f7, 0xc67178f2};
+
+uint32_t big_endian(const unsigned char* bytes) {
+    return uint32_t{bytes[0]} << 24 | uint32_t{bytes[1]} << 16 | uint32_t{bytes[2]} << 8 | bytes[3];
+}
+
+std::array<uint32_t, 64> schedule(const unsigned char* block) {
+    std::array<uint32_t, 64> words;
+    for (std::size_t i = 0; i < 16; ++i) words[i] = big_endian(block + 4 * i);
+    for (std::size_t i = 16; i < 64; ++i) {
+        const uint32_t early = words[i - 15], late = words[i - 2];
+        words[i] = words[i - 16] + (std::rotr(early, 7) ^ std::rotr(early, 18) ^ early >> 3) + words[i - 7] +
+                   (std::rotr(late, 17) ^ std::rotr(late, 19) ^ late >> 10);
+    }
+    return words;
+}
+
+}  // namespace
+
+void Sha256::take_block(const unsigned char* block) {
+    const std::array<uint32_t, 64> words = schedule(block);
+    auto [a, b, c, d, e, f, g, h] = state_;
+    for (std::size_t i = 0; i < 64; ++i) {
+        const uint32_t first = h + (std::rotr(e, 6) ^ std::rotr(e, 11) ^ std::rotr(e, 25)) + ((e & f) ^ (~e & g)) +
+                               ROUND_CONSTANTS[i] + words[i];
+        const uint32_t second = (std::rotr(a, 2) ^ std::rotr(a, 13) ^ std::rotr(a, 22)) + ((a & b) ^ (a & c) ^ (b & c));
+        h = g, g = f, f = e, e = d + first, d = c, c = b, b = a, a = first + second;
+    }
+    const uint32_t added[] = {a, b, c, d, e, f, g, h};
+    for (std::size_t i = 0; i < state_.size(); ++i) state_[i] += added[i];
+}
+
+void Sha256::update(const void* data, std::size_t bytes) {
+    const auto* next = static_cast<const unsigned char*>(data);
+    while (bytes > 0) {
+        const std::size_t held = bytes_ % BLOCK, taken = std::min(BLOCK - held, bytes);
+        const bool is_whole = taken == BLOCK;
+        if (!is_whole) std::memcpy(open_.data() + held, next, taken);
+        if (held + taken == BLOCK) take_block(is_whole ? next : open_.data());
+        bytes_ += taken, next += taken, bytes -= taken;
+    }
+}
+
+Sha256::Digest Sha256::digest() {
+    const uint64_t bits = bytes_ * 8;
+    const std::size_t held = bytes_ % BLOCK, zeros = (held < 56 ? 56 : 120) - held;
+    unsigned char end[BLOCK + 8 + 8] = {0x80};
+    for (std::size_t i = 0; i < 8; ++i) end[zeros + i] = static_cast<unsigned char>(bits >> (56 - 8 * i));
+    update(end, zeros + 8);
+    Digest digest;
+    for (std::size_t i = 0; i < digest.size(); ++i) {
+        digest[i] = static_cast<unsigned char>(state_[i / 4] >> (24 - 8 * (i % 4)));
+    }
+    return digest;
+}
+
+}  // namespace onnx_kivi

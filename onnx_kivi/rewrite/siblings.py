@@ -1,0 +1,26 @@
+"""Copies of a rewritten model that keep their caches otherwise, so that a comparison can be exact, or short."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from ..graph import Model, copied, fingerprint, set_attribute
+from ..spec import ATTENTION_OPS, DENSE_BITS, STEP_OPS
+
+
+def dense(rewritten: Model) -> Model:
+    """A copy that keeps its caches in float32."""
+    return _with(rewritten, {"k_bits": DENSE_BITS, "v_bits": DENSE_BITS})
+
+
+def compact(rewritten: Model, *, sinks: int, block: int) -> Model:
+    """A copy in the bits that it has, with so many first tokens in float32 and all behind them in blocks of `block`."""
+    return _with(rewritten, {"sink_length": sinks, "residual_length": 0, "block_tokens": block})
+
+
+def _with(rewritten: Model, attributes: Mapping[str, int]) -> Model:
+    model = copied(rewritten)
+    for name, value in attributes.items():
+        set_attribute(model, ATTENTION_OPS, name, value)
+    set_attribute(model, STEP_OPS, "model_id", fingerprint(model))
+    return model

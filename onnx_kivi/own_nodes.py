@@ -1,9 +1,10 @@
 """Our nodes in a model file, held to the spec before any runtime sees them.
 
 Whoever wrote the file, these hold for a model that passes: one KvCacheStep, which takes Session's inputs; `layers`
-QuantizedKvSdpa nodes, each with a slot of its own and this step's ticket; all in the main graph; every attribute known,
-once, of its type and in range. Without that a host may abort (text that is not UTF-8), take a default for what it can't
-read, or run and forget. onnx is not needed, and weights are passed over unread.
+QuantizedKvSdpa nodes, each with a slot of its own and this step's ticket; with ghost I/O one CacheOpen before the step
+and one CacheStamp behind it; all in the main graph; every attribute known, once, of its type and in range. Without that
+a host may abort (text that is not UTF-8), take a default for what it can't read, or run and forget. onnx is not needed,
+and weights are passed over unread.
 """
 
 from __future__ import annotations
@@ -18,7 +19,22 @@ from typing import BinaryIO, TypeVar
 from .errors import KiviError, SpecMismatchError, UnsupportedModelError
 from .paths import open_regular
 from .protobuf import Value, fields, signed, taken
-from .spec import DOMAIN, KV_CACHE_STEP, OPS, STEP_OPS, SdpaAttributes, StepAttributes
+from .spec import (
+    DOMAIN,
+    GHOST_IO,
+    GHOST_OPS,
+    HANDLE_INPUT,
+    KV_CACHE_STEP,
+    KV_CACHE_STEP_V2,
+    NEW_LENGTH_INPUT,
+    NO_IO,
+    OPS,
+    PAST_LENGTH_INPUT,
+    STEP_OPS,
+    GhostAttributes,
+    SdpaAttributes,
+    StepAttributes,
+)
 
 # onnx.proto: the numbers of the fields that matter here.
 MODEL_GRAPH, MODEL_FUNCTION = 7, 25
@@ -31,15 +47,22 @@ DEEPEST = 100
 
 Span = tuple[int, int]
 OP_OF = {op.name: op for op in OPS}
-Attributes = TypeVar("Attributes", StepAttributes, SdpaAttributes)
+Attributes = TypeVar("Attributes", StepAttributes, SdpaAttributes, GhostAttributes)
 
 
 @dataclass(frozen=True, slots=True)
 class OwnNodes:
-    """The nodes of a rewritten model, in graph order."""
+    """The nodes of a rewritten model, in graph order. past, present: the inputs and outputs that ghost I/O keeps."""
 
     step: StepAttributes
     slots: tuple[SdpaAttributes, ...]
+    past: tuple[str, ...] = ()
+    present: tuple[str, ...] = ()
+
+    @property
+    def io(self) -> str:
+        """What stands in the place of past and present: one of IO_KINDS."""
+        return GHOST_IO if self.past else NO_IO
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,11 +108,13 @@ def _checked(nodes: list[_Node]) -> OwnNodes:
         raise nodes[-1].refusal(f"one {KV_CACHE_STEP.name} in the model", len(steps))
     (opening,) = steps
     step = _parsed(StepAttributes, opening)
-    attending = [node for node in nodes if node is not opening]
+    ghosts = [node for node in nodes if node.op in GHOST_OPS]
+    attending = [node for node in nodes if node not in (opening, *ghosts)]
     if step.layers != len(attending):
         raise opening.refusal(f"layers to be the number of its nodes, {len(attending)}", step.layers)
+    past, present = _check_ghosts(ghosts, opening, step) if ghosts else ((), ())
     controls = [tensor.name for tensor in OP_OF[opening.op].inputs]
-    if opening.inputs != controls:
+    if not ghosts and opening.inputs != controls:
         raise opening.refusal(f"inputs {', '.join(controls)}", opening.inputs)
     slots: dict[int, SdpaAttributes] = {}
     for node in attending:
@@ -99,7 +124,26 @@ def _checked(nodes: list[_Node]) -> OwnNodes:
         if attributes.slot in slots:
             raise node.refusal("a slot of its own", f"slot {attributes.slot}, which another node has")
         slots[attributes.slot] = attributes
-    return OwnNodes(step, tuple(slots.values()))
+    return OwnNodes(step, tuple(slots.values()), past, present)
+
+
+def _check_ghosts(ghosts: list[_Node], opening: _Node, step: StepAttributes) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The past inputs and present outputs of a model with ghost I/O. Raises UnsupportedModelError."""
+    if [node.op for node in ghosts] != [*GHOST_OPS]:
+        raise ghosts[-1].refusal(f"one {GHOST_OPS[0]}, and one {GHOST_OPS[1]} behind it", [node.op for node in ghosts])
+    before, behind = ghosts
+    controls = [*before.outputs, NEW_LENGTH_INPUT]
+    if opening.op != KV_CACHE_STEP_V2.name or opening.inputs != controls:
+        raise opening.refusal(f"to be a {KV_CACHE_STEP_V2.name} with inputs {', '.join(controls)}", opening.inputs)
+    carried = before.inputs[2:]
+    if before.inputs[:2] != [HANDLE_INPUT, PAST_LENGTH_INPUT]:
+        raise before.refusal(f"inputs {HANDLE_INPUT} and {PAST_LENGTH_INPUT} first", before.inputs)
+    if behind.inputs != [HANDLE_INPUT, *opening.outputs[-1:], *carried]:
+        raise behind.refusal(f"{HANDLE_INPUT}, the ticket of {opening.name!r} and {', '.join(carried)}", behind.inputs)
+    for node in ghosts:
+        if (of := _parsed(GhostAttributes, node).model_id) != step.model_id:
+            raise node.refusal(f"model_id {step.model_id!r}, as {opening.name!r} has", repr(of))
+    return tuple(carried[-2:]), tuple(behind.outputs)
 
 
 def _parsed(kind: type[Attributes], node: _Node) -> Attributes:
@@ -164,8 +208,6 @@ def _read(file: BinaryIO, found: Mapping[int, list[Value]], depth: int) -> _Node
     op = OP_OF.get(node.op)
     if op is None:
         raise node.refusal(f"an operator of {DOMAIN}, {' or '.join(OP_OF)}", repr(node.op))
-    if not op.built:
-        raise node.refusal("an operator that this version serves", f"{node.op}, which is specified but not built yet")
     if depth:
         raise node.refusal("to be in the main graph", "a place in a subgraph or function")
     types = {attribute.name: attribute.wire for attribute in op.attributes}

@@ -17,6 +17,7 @@ import math
 from dataclasses import dataclass
 
 from .errors import ConfigError
+from .spec_schemes import AFFINE, K_SCHEMES, V_SCHEMES, check_schemes
 from .spec_types import MAX_SIZE, VERSIONS, NodeAttributes, OpSpec, TensorSpec, attribute, between, one_of
 
 DOMAIN = "onnx_kivi"
@@ -35,26 +36,23 @@ NO_STEP = -1
 CONTROL_INPUTS = {HANDLE_INPUT: DEFAULT_HANDLE, PAST_LENGTH_INPUT: COMMITTED_LENGTH, NEW_LENGTH_INPUT: ALL_NEW}
 """The inputs that a rewritten model has beside the original's, with their defaults."""
 
+IO_KINDS = NO_IO, GHOST_IO = ("none", "ghost")
+"""What a rewritten model has in the place of past inputs and present outputs."""
+
 SELF = "self"
 CROSS = "cross"
 LATENT = "latent"
 
 DENSE_BITS = 32
 BITS = (2, 4, 8, DENSE_BITS)
+VALUE_BITS = (2, 3, 4, 8, DENSE_BITS)
 MAX_BLOCK_TOKENS = 1024
 MAX_LAYERS = MAX_SLOT = MAX_SINK_LENGTH = MAX_SIZE
 MAX_RESIDUAL_LENGTH = MAX_V_GROUP_SIZE = 1 << 20
 MAX_WINDOW = MAX_KV_BYTES = 1 << 40
 
-AFFINE = "affine"
-K_SCHEMES = (
-    AFFINE,
-    *(f"digits:{average}{token}" for average in ("2", "2.25", "2.5", "3") for token in ("", "+token")),
-    "affine+token",
-    "affine+token+rotated",
-)
-V_SCHEMES = (AFFINE, "symmetric+rotated")
 FLOAT32, FLOAT16 = "float32", "float16"
+K_SCHEME_NAMES, V_SCHEME_NAMES = (", ".join(f"`{name}`" for name in names) for names in (K_SCHEMES, V_SCHEMES))
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,10 +92,7 @@ class StepAttributes(NodeAttributes):
 
     def __post_init__(self) -> None:
         self.check_version()
-        if not self.model_id:
-            raise ConfigError("model_id: expected a non-empty string, got ''")
-        if not (self.model_id.isascii() and self.model_id.isprintable()):
-            raise ConfigError("model_id: expected printable ASCII characters, got others")
+        check_model_id(self.model_id)
         between("layers", self.layers, 1, MAX_LAYERS)
 
 
@@ -110,7 +105,7 @@ class SdpaAttributes(NodeAttributes):
         "`self`: grows with each step; `cross`: filled once, never cropped; `latent`: not built", SELF
     )
     k_bits: int = attribute("bits of a sealed key code: 2, 4, 8; 32 keeps keys in f32", 8)
-    v_bits: int = attribute("bits of a sealed value code: 2, 4, 8; 32 keeps values in f32", 8)
+    v_bits: int = attribute("bits of a sealed value code: 2, 3, 4, 8; 32 keeps values in f32", 8)
     block_tokens: int = attribute("tokens sealed at once, and the tokens that share a key channel's parameters", 64)
     v_group_size: int = attribute("channels of a token that share value parameters; 0 = the whole row", 64)
     residual_length: int = attribute("most recent tokens that stay f32", 128)
@@ -124,8 +119,8 @@ class SdpaAttributes(NodeAttributes):
     )
     evict: int = attribute("1: blocks that the window hides from every query to come are freed", 0, since=2)
     window_sinks: int = attribute("first tokens that a query sees beside its window", 0, since=2)
-    k_scheme: str = attribute("how key codes are made: `affine` (per channel of a block)", AFFINE, since=2)
-    v_scheme: str = attribute("how value codes are made: `affine` (per token and group)", AFFINE, since=2)
+    k_scheme: str = attribute(f"how key codes are made: {K_SCHEME_NAMES}", AFFINE, since=2)
+    v_scheme: str = attribute(f"how value codes are made: {V_SCHEME_NAMES}", AFFINE, since=2)
     dense_element: str = attribute("type of what stays as given: `float32`", FLOAT32, since=2)
     spec_version: int = attribute("version of this table", VERSIONS[0])
 
@@ -142,8 +137,7 @@ class SdpaAttributes(NodeAttributes):
         one_of("evict", self.evict, (0, 1))
         if self.evict and not (self.window and self.kind == SELF):
             raise ConfigError(f"evict: expected 0 without a window over a slot that grows, got {self.evict}")
-        one_of("k_scheme", self.k_scheme, (AFFINE,), K_SCHEMES)
-        one_of("v_scheme", self.v_scheme, (AFFINE,), V_SCHEMES)
+        check_schemes(self.k_scheme, self.k_bits, self.v_scheme, self.v_bits)
         one_of("dense_element", self.dense_element, (FLOAT32,), (FLOAT16,))
         if not math.isfinite(self.scale):
             raise ConfigError(f"scale: expected a finite number, got {self.scale:g}")
@@ -154,6 +148,14 @@ class SdpaAttributes(NodeAttributes):
     def op(self) -> OpSpec:
         """The op of a node with these attributes."""
         return QUANTIZED_KV_SDPA if self.spec_version == 1 else QUANTIZED_KV_SDPA_V2
+
+
+def check_model_id(model_id: str) -> None:
+    """Raise ConfigError unless a model may be called so."""
+    if not model_id:
+        raise ConfigError("model_id: expected a non-empty string, got ''")
+    if not (model_id.isascii() and model_id.isprintable()):
+        raise ConfigError("model_id: expected printable ASCII characters, got others")
 
 
 def check_window(window: int, window_sinks: int, sink_length: int) -> None:
@@ -172,7 +174,7 @@ def check_store_options(
 ) -> None:
     """Raise ConfigError unless the quantization options are ones that the op knows."""
     one_of("k_bits", k_bits, BITS)
-    one_of("v_bits", v_bits, BITS)
+    one_of("v_bits", v_bits, VALUE_BITS)
     between("block_tokens", block_tokens, 1, MAX_BLOCK_TOKENS)
     between("v_group_size", v_group_size, 0, MAX_V_GROUP_SIZE)
     between("residual_length", residual_length, 0, MAX_RESIDUAL_LENGTH)
@@ -262,44 +264,61 @@ class GhostAttributes(NodeAttributes):
     """Attributes of CacheOpen and CacheStamp."""
 
     model_id: str = attribute("identity of the rewritten model", since=2)
-    kv_bytes: int = attribute("budget of all its caches; 0 = what ONNX_KIVI_KV_BYTES says, else none", 0, since=2)
+    kv_bytes: int = attribute(
+        "bytes that all caches of the process may take before those that stamps name are freed, used longest ago "
+        "first; 0 = what the environment says in ONNX_KIVI_KV_BYTES, else a quarter of the machine's memory",
+        0,
+        since=2,
+    )
     spec_version: int = attribute("version of this table", 2)
 
     def __post_init__(self) -> None:
         self.check_version()
-        between("kv_bytes", self.kv_bytes, 0, MAX_KV_BYTES)
+        check_model_id(self.model_id)
+        check_kv_bytes(self.kv_bytes)
 
 
-GHOSTS = tuple(
-    TensorSpec(f"past_{side}", "float", ("B", "G", "L", "C"), f"what the host carries as past {side}s: stamps")
-    for side in ("key", "value")
+def check_kv_bytes(kv_bytes: int) -> None:
+    """Raise ConfigError unless ghost caches can be told this budget."""
+    between("kv_bytes", kv_bytes, 0, MAX_KV_BYTES)
+
+
+STAMP_CHANNELS = 4
+"""Channels of a token, over all its heads, that a stamp takes."""
+
+GHOSTS = (
+    TensorSpec("new_shape", "int64", ("2",), "shape of the new tokens, (B, S)"),
+    TensorSpec("mask_shape", "int64", ("2",), "shape of the attention mask, (B, P + S)"),
+    *(
+        TensorSpec(f"past_{side}", "float", ("B", "G", "L", "C"), f"what the host carries as past {side}s: stamps")
+        for side in ("key", "value")
+    ),
 )
 
 CACHE_OPEN = OpSpec(
     name="CacheOpen",
     version=2,
-    doc="Finds the caches that the stamps of past keys and values name, reordered, cropped and forked as the host did "
-    "it to the stamps (ghost I/O).",
+    doc="Finds the cache that holds the past which the stamps name, reordered, cropped, copied and joined as the host "
+    "did it to the stamps.",
     inputs=(
         TensorSpec(HANDLE_INPUT, "int64", ("R",), "caches to use; 0 = read the stamps"),
-        TensorSpec(PAST_LENGTH_INPUT, "int64", ("R",), "tokens to keep, as the mask says"),
+        TensorSpec(PAST_LENGTH_INPUT, "int64", ("R",), "tokens to keep of these caches; -1 where stamps are read"),
         *GHOSTS,
     ),
     outputs=(
         TensorSpec(HANDLE_INPUT, "int64", ("R",), "for KvCacheStepV2"),
-        TensorSpec(PAST_LENGTH_INPUT, "int64", ("R",), "for KvCacheStepV2"),
+        TensorSpec(PAST_LENGTH_INPUT, "int64", ("R",), "for KvCacheStepV2; P where stamps are read"),
     ),
     attributes=GhostAttributes.specs(2),
-    built=False,
 )
 
 CACHE_STAMP = OpSpec(
     name="CacheStamp",
     version=2,
-    doc="Gives the new tokens of a step their stamps, behind those of the past (ghost I/O).",
+    doc="Gives the new tokens of a step their stamps, behind those of the past.",
     inputs=(
+        TensorSpec(HANDLE_INPUT, "int64", ("R",), "as CacheOpen has it; unless 0 the past is passed on as it is"),
         TensorSpec("step", "int64", ("1",), "the ticket of this run"),
-        TensorSpec("new_tokens", "int64", ("1",), "S"),
         *GHOSTS,
     ),
     outputs=tuple(
@@ -309,10 +328,10 @@ CACHE_STAMP = OpSpec(
         for side in ("key", "value")
     ),
     attributes=GhostAttributes.specs(2),
-    built=False,
 )
 
 STEP_OPS = (KV_CACHE_STEP.name, KV_CACHE_STEP_V2.name)
+GHOST_OPS = (CACHE_OPEN.name, CACHE_STAMP.name)
 ATTENTION_OPS = (QUANTIZED_KV_SDPA.name, QUANTIZED_KV_SDPA_V2.name)
 OPS = (KV_CACHE_STEP, QUANTIZED_KV_SDPA, KV_CACHE_STEP_V2, QUANTIZED_KV_SDPA_V2, CACHE_OPEN, CACHE_STAMP)
 

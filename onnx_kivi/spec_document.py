@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from . import spec
+from . import spec, spec_schemes
 from .spec import OPS
 from .spec_types import VERSIONS, OpSpec
 
@@ -28,6 +28,7 @@ TEMPLATE = """\
 | P, T | past tokens, and P + N |
 | R | one number for all rows, or one for each: 1 or B |
 | Dk, Dv | channels of a key and of a value; they may differ |
+| G, L, C | heads, tokens and channels of what a host carries as its past; G * C is at least 4 |
 
 | limit | value |
 |---|---|
@@ -72,6 +73,31 @@ caches of one row each. It is a left-padded batch whose padding is not stored.
 3. Everything of a step is for all rows or for none: an error names the row, and leaves every cache as it was.
 4. A model may say in `one_length` why its rows must hold equally many tokens and take all S; a node of version 1
    always must.
+
+## Ghost I/O
+
+A model may keep the past inputs and present outputs of its first layer, so that hosts carry them from run to run as
+they do for any decoder: these hold stamps. One `CacheOpen` stands before the step and one `CacheStamp` behind it, and
+both take the graph input `cache_handle`. Where that is not 0, they pass on what they are given.
+
+1. P is the length of the mask less S. Past tensors hold P tokens, or are buffers of P + S or more. P = 0 is a new,
+   empty cache.
+2. The stamps name each row's tokens one by one. A run goes on in the cache that wrote them if that holds these rows,
+   in whatever order, and nothing more; otherwise in a copy, whose rows may come from several caches, cut to P.
+3. What is no stamp, or of another process, another model or the other side, is refused, as is a token that is not
+   where it was written, and a past whose cache was freed.
+4. When all caches of the process take more than `kv_bytes`, those that stamps name are freed, used longest ago first.
+   That the one in use takes more alone is an error.
+
+The stamp of a token is in the first four channels of its heads, taken one after the other. Each is a float32 whose
+bits are 010, then 29 bits:
+
+| channel | bits |
+|---|---|
+| 0 | a random number of the process, 28 bits; 0 for a key, 1 for a value |
+| 1 | the lower 29 bits of the number of the run |
+| 2 | its upper 13 bits; the row, 16 bits |
+| 3 | the position of the token |
 
 ## A node
 
@@ -131,14 +157,62 @@ All in f32, division correctly rounded, ties to even, subnormals kept, nothing c
 The error is at most half a step. A side that holds NaN or infinity, or any group of which has an infinite lo or
 scale, stays f32 for that block.
 
-Codes are packed along the last axis of the arrays below, lowest bits first, each row padded with zeros to a whole
-byte.
+That is the scheme `affine`, of either side.
+
+## Schemes
+
+Version 2 has others. `lane_sum` adds terms i, i + 16, i + 32, ... in order, from 0, in lane i of 16, then the upper
+half of the lanes to the lower one, four times. `rotated` multiplies by a Hadamard matrix, over its norm, for each power
+of two that adds up to the head size, the largest first: 96 channels are 64 and 32. For h = 1, 2, 4, ... below the size
+of a matrix (x_i, x_i+h) becomes (x_i + x_i+h, x_i - x_i+h), then all are multiplied by float32 of size^-1/2. It undoes
+itself.
+
+Keys:
+
+- `+rotated`: the keys of a block are rotated before all else. The scores are those of the rotated query.
+- `+token`: then each is divided by the scale of its token. Scores are multiplied by it.
+
+      rms   = sqrt(lane_sum(k_c^2) / Dk)
+      unit  = float16 toward +inf of (the block's largest rms / {TOKEN_SCALES[1]}), at least 2^-14
+      token = clamp(round(rms / unit), {TOKEN_SCALES[0]}, {TOKEN_SCALES[1]}); the scale is token * unit
+
+- `affine`: then codes as above. `digits:A`: `k_bits` is 2, and a block spends N = round(Dk * A / 2), ties to even,
+  digits of two bits on each head. A channel of 1, 2 or 3 digits has lo, scale and codes as above at 2, 4 or 6 bits, one
+  without digits lo = float16 nearest of lane_sum(k_t) / block_tokens, and scale 0. With error_d = lane_sum((k_t -
+  k'_t)^2) of d digits, the gain of a channel's digit d is error_d-1 - error_d, at most the gain of digit d - 1. The N
+  largest gains get a digit; of equal ones the lower digit, then the lower channel. A code is the sum of 4^e times digit
+  e.
+
+Values, `{SYMMETRIC}` (2, 3 or 4 bits): the values of each token are rotated; what the products of a run give is rotated
+back. Groups as above, around zero: x' = scale * (code - c), c = (2^bits - 1) / 2.
+
+    code(x, s) = clamp(round(x * (1 / s) + c), 0, 2^bits - 1), 1 / s = 0 where s is 0
+    rms        = sqrt(lane_sum(x_i^2) / channels of the group)
+
+For s = rms * f * start {starts}, rounded to float32, f = {factors}, and
+n_i = 2 code(x_i, s) - 2 c: a = lane_sum(x_i n_i), b = lane_sum(n_i^2). Of the first s with the largest a * a / b,
+scale = float16 nearest of 2 max(a, 0) / b, and the codes are code(x, scale).
+
+A side that holds NaN or infinity, or needs a parameter that is infinite (of digits those of 1, 2 and 3 for every
+channel), stays f32 for that block.
+
+## The arrays of a block
+
+Codes are packed along the last axis, lowest bits first, each row padded with zeros to a whole byte.
 
 | array | keys | values |
 |---|---|---|
 | codes, u8 | (Hkv, Dk, ceil(block_tokens * k_bits / 8)) | (Hkv, block_tokens, ceil(Dv * v_bits / 8)) |
-| lo, scale, float16 | (Hkv, Dk) | (Hkv, block_tokens, ceil(Dv / v_group_size)) |
+| codes of digits, u8 | (Hkv, N, ceil(block_tokens * 2 / 8)) | |
+| lo, float16 | (Hkv, Dk) | (Hkv, block_tokens, ceil(Dv / v_group_size)), `affine` only |
+| scale, float16 | (Hkv, Dk) | (Hkv, block_tokens, ceil(Dv / v_group_size)) |
+| digits of each channel, u8 | (Hkv, ceil(Dk * 2 / 8)), `digits` only | |
+| token, u8 | (Hkv, block_tokens), `+token` only | |
+| unit, float16 | (Hkv), `+token` only | |
 | dense, f32 | (Hkv, block_tokens, Dk) | (Hkv, block_tokens, Dv) |
+
+The rows of digits are digit 0 of each channel that has one, in ascending order, then digit 1 of each that has two, then
+digit 2.
 
 ## The cache file
 
@@ -167,8 +241,8 @@ Version 2 has `"lengths": [tokens of each row]` in the place of `length`, and in
 
 without those that hold nothing. Slots are in ascending order. `blocks`, or `{SEALED}`, has two letters per block, keys
 and values: `q` for codes, `d` for f32. Arrays, for each slot and each of its rows: keys then values of the sinks; for
-each block its keys then its values, each codes, lo, scale, or the dense array; keys then values of the residual. A slot
-that holds nothing has no rows.
+each block its keys then its values, each its arrays as above, or the dense array; keys then values of the residual. A
+slot that holds nothing has no rows.
 
 A reader trusts nothing: sizes, types, parameters (finite, scale at least 2^-14) and the checksum are checked before
 a cache is made. [examples/read_cache.py](../examples/read_cache.py) reads a file in 40 lines of Python and NumPy,
@@ -177,17 +251,18 @@ and [tests/golden](../tests/golden) holds files and blocks that every version mu
 
 def document() -> str:
     """The text of SPEC.md."""
-    facts = {name: value for name, value in vars(spec).items() if name.isupper()}
+    facts = {name: value for module in (spec, spec_schemes) for name, value in vars(module).items() if name.isupper()}
     limits = "\n".join(f"| `{name}` | {value:,} |" for name, value in facts.items() if name.startswith("MAX_"))
     lists = {"versions": VERSIONS, "formats": spec.FORMAT_VERSIONS}
     words = {name: " and ".join(map(str, values)) for name, values in lists.items()}
     segments = "\n".join(f"| `{s.tag}` | {s.meaning}{'' if s.built else '; not built yet'} |" for s in spec.SEGMENTS)
+    starts = ", ".join(f"{start:g} at {bits}" for bits, start in spec_schemes.STARTS.items()) + " bits"
+    words |= {"starts": f"({starts})", "factors": ", ".join(map(str, spec_schemes.FACTORS))}
     return TEMPLATE.format(limits=limits, ops="\n".join(map(_op_table, OPS)), segments=segments, **words, **facts)
 
 
 def _op_table(op: OpSpec) -> str:
-    built = "" if op.built else " Specified, not built yet: refused by name."
-    head = f"Version {op.version}. {op.doc}{built}"
+    head = f"Version {op.version}. {op.doc}"
     lines = [f"### {op.name}", "", head, "", "| | name | type | meaning |", "|---|---|---|---|"]
     for role, tensors in (("input", op.inputs), ("output", op.outputs)):
         lines += [f"| {role} | `{t.name}` | {t.element} ({', '.join(t.shape)}) | {t.meaning} |" for t in tensors]

@@ -44,10 +44,7 @@ class AttributeSpec:
 
 @dataclass(frozen=True, slots=True)
 class OpSpec:
-    """Signature of one op of the domain; `version` is that of the spec that it came with.
-
-    built: whether this package serves it; one that is only specified is refused by its name.
-    """
+    """Signature of one op of the domain; `version` is that of the spec that it came with."""
 
     name: str
     version: int
@@ -55,7 +52,6 @@ class OpSpec:
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
     attributes: tuple[AttributeSpec, ...]
-    built: bool = True
 
 
 def attribute(meaning: str, default: Any = dataclasses.MISSING, *, since: int = 1) -> Any:

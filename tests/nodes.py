@@ -27,11 +27,13 @@ def model(
     step_wire: Mapping[str, Any] | None = None,
     sdpa_wire: Mapping[str, Any] | None = None,
     version: int = 1,
+    ghost_wire: Mapping[str, Any] | None = None,
 ) -> onnx.ModelProto:
     """A model that feeds the same tensors to all `nodes`, with outputs past, (rows,) out0, out1, ...
 
     rows are the past lengths of the rows, from `version` 2 on. The wire mappings overwrite attributes as they are
-    written in the file; None leaves one out.
+    written in the file; None leaves one out. ghost_wire, if not None: with ghost I/O, whose inputs come first, and
+    whose outputs present_key and present_value last.
     """
     step, sdpa = STEPS[version], SDPAS[version]
     control = {i.name: spec.CONTROL_INPUTS[i.name] for i in step.inputs}
@@ -46,9 +48,30 @@ def model(
     for i, node in enumerate(nodes):
         proto_nodes.append(_node(sdpa, [f"out{i}"], [t.name for t in tensors] + ["ticket"], node.to_wire(), sdpa_wire))
         outputs.append(helper.make_tensor_value_info(f"out{i}", TensorProto.FLOAT, None))
+    if ghost_wire is not None:
+        _add_ghosts(proto_nodes, inputs, outputs, ghost_wire, model_id)
     graph = helper.make_graph(proto_nodes, "nodes", inputs, outputs, defaults)
     opsets = [helper.make_opsetid("", 18), helper.make_opsetid(spec.DOMAIN, spec.OPSET_VERSION)]
     return helper.make_model(graph, opset_imports=opsets, ir_version=spec.MIN_IR_VERSION)
+
+
+def _add_ghosts(
+    nodes: list[onnx.NodeProto],
+    inputs: list[onnx.ValueInfoProto],
+    outputs: list[onnx.ValueInfoProto],
+    wire: Mapping[str, Any],
+    model_id: str,
+) -> None:
+    attributes = spec.GhostAttributes(model_id=model_id).to_wire()
+    carried = [t.name for t in spec.GHOSTS]
+    controls = [i.name for i in spec.CACHE_OPEN.inputs[:2]]
+    opened = ["opened_handle", "opened_length"]
+    nodes[0].input[:2] = opened
+    nodes.insert(0, _node(spec.CACHE_OPEN, opened, [*controls, *carried], attributes, wire))
+    present = [t.name for t in spec.CACHE_STAMP.outputs]
+    nodes.append(_node(spec.CACHE_STAMP, present, [controls[0], "ticket", *carried], attributes, wire))
+    inputs[:0] = [helper.make_tensor_value_info(t.name, ELEMENTS[t.element], None) for t in spec.GHOSTS]
+    outputs += [helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in present]
 
 
 def session(model_proto: onnx.ModelProto, backend: str) -> ort.InferenceSession:

@@ -57,8 +57,8 @@ def decoded(attributes: SdpaAttributes, row: RowState) -> tuple[Array, Array]:
     keys = [row.sinks.key, np.full((heads, row.freed, k_size), np.nan)]
     values = [row.sinks.value, np.full((heads, row.freed, v_size), np.nan)]
     for block in row.blocks:
-        keys.append(_keys(block.key, attributes.k_bits, attributes.block_tokens))
-        values.append(_values(block.value, attributes.v_bits, row.sinks.value.shape[2], attributes.v_group_size))
+        keys.append(_keys(attributes, block.key))
+        values.append(_values(attributes, block.value, row.sinks.value.shape[2]))
     keys.append(row.residual.key)
     values.append(row.residual.value)
     return np.concatenate(keys, 1).astype(np.float64), np.concatenate(values, 1).astype(np.float64)
@@ -70,23 +70,48 @@ def codes(packed: Array, bits: int, count: int) -> Array:
     return np.asarray(by_bit.reshape(*packed.shape[:-1], count, bits) @ (1 << np.arange(bits)))
 
 
-def _keys(side: QuantizedBlock | Array, bits: int, tokens: int) -> Array:
+def _keys(attributes: SdpaAttributes, side: QuantizedBlock | Array) -> Array:
     if not isinstance(side, QuantizedBlock):
         return side
-    return np.swapaxes(
-        side.lo[..., None].astype(np.float64)
-        + side.scale[..., None].astype(np.float64) * codes(side.codes, bits, tokens),
-        1,
-        2,
-    )
+    rows = codes(side.codes, attributes.k_bits, attributes.block_tokens)
+    if attributes.k_scheme.startswith("digits"):
+        rows = _channels(rows, codes(side.digits, 2, side.lo.shape[1]))
+    keys = np.swapaxes(side.lo[..., None].astype(np.float64) + side.scale[..., None].astype(np.float64) * rows, 1, 2)
+    if "+token" in attributes.k_scheme:
+        keys *= (side.token * side.unit.astype(np.float64)[:, None])[..., None]
+    return keys @ hadamard(keys.shape[2]) if "+rotated" in attributes.k_scheme else keys
 
 
-def _values(side: QuantizedBlock | Array, bits: int, size: int, group_size: int) -> Array:
+def _channels(lines: Array, digits: Array) -> Array:
+    """Codes of each channel: its digits lie in three runs of lines, those times 1, times 4 and times 16."""
+    whole = np.zeros((*digits.shape, lines.shape[2]))
+    for head, of_channels in enumerate(digits):
+        places = [(e, c) for e in range(3) for c in range(len(of_channels)) if of_channels[c] > e]
+        for (e, c), line in zip(places, lines[head], strict=True):
+            whole[head, c] += 4**e * line
+    return whole
+
+
+def _values(attributes: SdpaAttributes, side: QuantizedBlock | Array, size: int) -> Array:
     if not isinstance(side, QuantizedBlock):
         return side
+    bits, group_size = attributes.v_bits, attributes.v_group_size
     values = codes(side.codes, bits, size).astype(np.float64)
+    symmetric = attributes.v_scheme == "symmetric+rotated"
     for channel in range(size):
         group = channel // group_size if group_size else 0
-        lo, scale = side.lo[..., group].astype(np.float64), side.scale[..., group].astype(np.float64)
+        scale = side.scale[..., group].astype(np.float64)
+        lo = -scale * (2**bits - 1) / 2 if symmetric else side.lo[..., group].astype(np.float64)
         values[..., channel] = lo + scale * values[..., channel]
-    return values
+    return values @ hadamard(size) if symmetric else values
+
+
+def hadamard(size: int) -> Array:
+    """A Hadamard matrix over its norm for each power of two in `size`, the largest first, along the diagonal."""
+    whole, start = np.zeros((size, size)), 0
+    for power in (1 << p for p in range(20, -1, -1)):
+        if size & power:
+            signs = [[(-1) ** (i & j).bit_count() for j in range(power)] for i in range(power)]
+            whole[start : start + power, start : start + power] = np.array(signs) / power**0.5
+            start += power
+    return whole

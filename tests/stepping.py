@@ -78,5 +78,5 @@ def assert_same(a: CacheState, b: CacheState) -> None:
 def arrays(row: Any) -> list[npt.NDArray[Any]]:
     """All arrays of a row, in the canonical order."""
     sides = [side for block in row.blocks for side in (block.key, block.value)]
-    sealed = [a for s in sides for a in ((s.codes, s.lo, s.scale) if isinstance(s, QuantizedBlock) else (s,))]
+    sealed = [a for s in sides for a in (s.arrays if isinstance(s, QuantizedBlock) else (s,))]
     return [row.sinks.key, row.sinks.value, *sealed, row.residual.key, row.residual.value]

@@ -13,9 +13,11 @@ import numpy as np
 import numpy.typing as npt
 
 from onnx_kivi.spec import SdpaAttributes
+from onnx_kivi.spec_schemes import K_SCHEMES, SYMMETRIC, V_BITS, k_bits_of
 
 FloatArray = npt.NDArray[np.float32]
 
+V2 = {"spec_version": 2}
 F32_MIN = float(np.finfo(np.float32).min)
 
 
@@ -132,6 +134,8 @@ class AttendCase:
 def attend_cases() -> list[AttendCase]:
     """Attentions over every feature of the op, alone and combined."""
     bits = [AttendCase(f"k{k}v{v}", {"k_bits": k, "v_bits": v}) for k in (2, 4, 8, 32) for v in (2, 4, 8, 32)]
+    bits += [AttendCase(f"{k}-{b}", {"k_scheme": k, "k_bits": b, **V2}) for k in K_SCHEMES[1:] for b in k_bits_of(k)]
+    bits += [AttendCase(f"symmetric-{b}", {"v_scheme": SYMMETRIC, "v_bits": b, **V2}) for b in V_BITS[SYMMETRIC]]
     heads = [
         AttendCase(f"heads-{q}-{kv}", q_heads=q, kv_heads=kv, queries=s)
         for q, kv, s in ((1, 1, 1), (7, 1, 3), (6, 3, 2), (9, 3, 5))
@@ -146,6 +150,25 @@ def attend_cases() -> list[AttendCase]:
             (5, 3, 2, 2),
             (1, 9, 4, 4),
             (20, 12, 0, 2),
+        )
+    ]
+    sizes += [
+        AttendCase(
+            f"schemes-{k}-{v}-{g}",
+            {"k_scheme": ks, "k_bits": kb, "v_scheme": SYMMETRIC, "v_bits": vb, "v_group_size": g, **V2},
+            k_size=k,
+            v_size=v,
+            queries=q,
+            past=tokens,
+        )
+        for k, v, g, ks, kb, vb, q, tokens in (
+            (64, 64, 64, "digits:2+token", 2, 2, 1, 45),
+            (128, 128, 64, "digits:2.5", 2, 3, 1, 45),
+            (64, 80, 64, "digits:3", 2, 3, 2, 45),
+            (72, 80, 64, "affine+token+rotated", 4, 4, 1, 45),
+            (96, 40, 16, "digits:2.25+token", 2, 3, 70, 333),
+            (20, 9, 4, "affine+token+rotated", 2, 3, 3, 45),
+            (5, 1, 0, "digits:2.5", 2, 2, 2, 45),
         )
     ]
     block_tokens = [
@@ -172,6 +195,28 @@ def attend_cases() -> list[AttendCase]:
         AttendCase(
             "all-together",
             {"is_causal": 1, "window": 21, "softcap": 5.0, "k_bits": 4, "v_bits": 2, "residual_length": 5},
+            batch=2,
+            q_heads=6,
+            k_size=24,
+            v_size=10,
+            past=61,
+            queries=7,
+            mask="BHST",
+            head_sink=True,
+        ),
+        AttendCase(
+            "all-schemes-together",
+            {
+                "is_causal": 1,
+                "window": 21,
+                "softcap": 5.0,
+                "residual_length": 5,
+                "k_scheme": "affine+token+rotated",
+                "k_bits": 4,
+                "v_scheme": SYMMETRIC,
+                "v_bits": 3,
+                **V2,
+            },
             batch=2,
             q_heads=6,
             k_size=24,

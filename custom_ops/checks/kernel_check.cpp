@@ -45,14 +45,16 @@ struct Problem {
         char text[512];
         std::snprintf(
             text, sizeof text,
-            "Hkv %d Dk %d Dv %d k_bits %d v_bits %d block %d v_group %d rows %ld group %ld S %ld N %ld blocks %ld "
+            "Hkv %d Dk %d Dv %d k_bits %d (%d digits, token %d, rotated %d) v_bits %d (symmetric %d) block %d v_group "
+            "%d rows %ld group %ld S %ld N %ld blocks %ld "
             "sinks %ld residual %ld window %ld+%ld threads %d ragged %d freed %d causal %d nan_to_zero %d head_sink %d "
             "offset %d "
             "hidden_rows %d fill %g dense %d%d softcap %g mask %d %d%d%d%d",
-            shape.kv_heads, shape.k_size, shape.v_size, shape.k_bits, shape.v_bits, shape.block_tokens,
-            shape.v_group_size, rows, group, queries, added, blocks, sinks, residual, window, window_sinks, threads,
-            ragged, freed, causal, nan_to_zero, head_sink, offset, hidden_rows, double(fill), dense_key, dense_value,
-            double(softcap), mask, mask_dims[0], mask_dims[1], mask_dims[2], mask_dims[3]);
+            shape.kv_heads, shape.k_size, shape.v_size, shape.k_bits, shape.k_digits, shape.k_token, shape.k_rotated,
+            shape.v_bits, shape.v_symmetric, shape.block_tokens, shape.v_group_size, rows, group, queries, added,
+            blocks, sinks, residual, window, window_sinks, threads, ragged, freed, causal, nan_to_zero, head_sink,
+            offset, hidden_rows, double(fill), dense_key, dense_value, double(softcap), mask, mask_dims[0],
+            mask_dims[1], mask_dims[2], mask_dims[3]);
         return text;
     }
 };
@@ -76,6 +78,18 @@ Tokens random_tokens(const Problem& p, int64_t tokens) {
     return t;
 }
 
+void set_schemes(SlotShape& shape) {
+    const int averages[] = {8, 9, 10, 12};
+    if (shape.k_bits != 32 && chance(0.5)) shape.k_token = true;
+    if (shape.k_token) shape.k_rotated = chance(0.5);
+    if (shape.k_bits == 2 && !shape.k_rotated && chance(0.6))
+        shape.k_digits = (shape.k_size * one_of(averages) + 4) / 8;
+    if (shape.v_bits < 8 && chance(0.6)) {
+        shape.v_symmetric = true;
+        shape.v_bits = one_of({2, 3, 4});
+    }
+}
+
 Problem random_problem() {
     Problem p{};
     const int sizes[] = {1, 3, 8, 16, 20, 40, 64, 72, 80, 96, 128, 256};
@@ -87,6 +101,7 @@ Problem random_problem() {
     p.shape.v_bits = one_of(bits);
     p.shape.block_tokens = one_of({1, 7, 16, 24, 32, 64, 64, 100, 128});
     p.shape.v_group_size = one_of({0, 5, 16, 32, 64, 64, 1000});
+    set_schemes(p.shape);
     p.rows = pick(1, 3);
     p.ragged = chance(0.4);
     p.freed = chance(0.5);
@@ -212,7 +227,9 @@ struct Case {
             unsigned char* data =
                 static_cast<unsigned char*>(std::aligned_alloc(64, size_t(block_bytes(layout, dense))));
             memory.emplace_back(data, &std::free);
-            if (kernel.encode_block(layout, dense, fresh.view, data) != dense)
+            Lines scratch(encode_scratch_bytes(layout));
+            const Held hold_scratch = scratch.hold();
+            if (kernel.encode_block(layout, dense, fresh.view, data, scratch.data) != dense)
                 std::printf("encode refused\n"), std::exit(1);
             line.refs.push_back({data, dense});
             kernel.decode_block(layout, {data, dense}, 0, tokens, target(tokens));

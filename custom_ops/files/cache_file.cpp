@@ -78,9 +78,9 @@ private:
     static SideState side(Memory& memory, const SlotLayout& layout, bool key, bool dense) {
         std::vector<void*> data;
         for (const Part& part : side_parts(layout, key, dense)) {
-            int64_t bytes = element_bytes(part.element);
-            for (const int64_t size : part.shape) bytes *= size;
-            data.push_back(memory.emplace_back(static_cast<std::size_t>(bytes)).data());
+            const int64_t bytes = element_bytes(part.element) * elements(part);
+            void* const own = memory.emplace_back(static_cast<std::size_t>(bytes)).data();
+            data.push_back(bytes > 0 ? own : nullptr);
         }
         return side_state(data, dense);
     }

@@ -35,21 +35,65 @@ static inline TileLines tile_lines(const Side& side, int group, int tile) {
     return {start + tile / 2 * 2 * side.tile_bytes + tile % 2 * LINE_BYTES, 2 * LINE_BYTES};
 }
 
-static inline CodePlace code_place(const Side& side, int group, int lane, int depth) {
-    const int per_line = 32 / side.bits;
+// Bits of the codes in the first lines of a tile: all, but for the highest of 3.
+static inline int low_bits(const Side& side) { return side.bits == 3 ? 2 : side.bits; }
+static inline int low_lines(const Side& side) { return side.depth_padded * low_bits(side) / 32; }
+
+// Of a code's part of so many bits, whose lines are those from `first_line` on.
+static inline CodePlace part_place(const Side& side, int group, int lane, int depth, int bits, int first_line) {
+    const int per_line = 32 / bits;
     const TileLines lines = tile_lines(side, group, lane / TILE_LANES);
-    return {lines.first + depth / per_line * lines.stride + 4 * (lane % TILE_LANES) + depth % 4,
-            depth % per_line / 4 * side.bits};
+    return {lines.first + (first_line + depth / per_line) * lines.stride + 4 * (lane % TILE_LANES) + depth % 4,
+            depth % per_line / 4 * bits};
+}
+
+static inline CodePlace code_place(const Side& side, int group, int lane, int depth) {
+    return part_place(side, group, lane, depth, low_bits(side), 0);
+}
+
+// Of the highest of 3 bits.
+static inline CodePlace high_place(const Side& side, int group, int lane, int depth) {
+    return part_place(side, group, lane, depth, 1, low_lines(side));
 }
 
 static inline int code_at(const Side& side, const unsigned char* data, int group, int lane, int depth) {
     const CodePlace place = code_place(side, group, lane, depth);
-    return data[place.byte] >> place.shift & ((1 << side.bits) - 1);
+    const int code = data[place.byte] >> place.shift & ((1 << low_bits(side)) - 1);
+    if (side.bits != 3) return code;
+    const CodePlace high = high_place(side, group, lane, depth);
+    return code | (data[high.byte] >> high.shift & 1) << 2;
 }
 
-// float16 lo (which = 0) or scale (which = 1) of a group, by depth.
+static inline void put_code(const Side& side, unsigned char* data, int group, int lane, int depth, int code) {
+    const CodePlace place = code_place(side, group, lane, depth);
+    data[place.byte] |= (unsigned char)((code & ((1 << low_bits(side)) - 1)) << place.shift);
+    if (side.bits != 3) return;
+    const CodePlace high = high_place(side, group, lane, depth);
+    data[high.byte] |= (unsigned char)(code >> 2 << high.shift);
+}
+
+// float16 lo (which = 0, unless symmetric) or scale (which = 1) of a group, by channel of keys or token of values.
 static inline int64_t param_offset(const Side& side, int group, int which) {
-    return side.code_bytes + int64_t(2 * group + which) * side.depth_padded * int64_t(sizeof(uint16_t));
+    const int index = side.symmetric ? group : 2 * group + which;
+    return side.code_bytes + int64_t(index) * side.params_padded * int64_t(sizeof(uint16_t));
+}
+
+// Where digits are: bit c of plane 0 or 1 is that of channel c's number of them.
+static inline int64_t plane_offset(const Side& side, int plane) {
+    return param_offset(side, side.groups, 0) + plane * side.params_padded / 8;
+}
+
+static inline int64_t token_offset(const Side& side) { return plane_offset(side, side.digits ? 2 : 0); }
+static inline int64_t unit_offset(const Side& side) { return token_offset(side) + (side.tokens ? side.lanes : 0); }
+
+static inline int digits_of(const Side& side, const unsigned char* data, int channel) {
+    const auto bit = [&](int plane) { return data[plane_offset(side, plane) + channel / 8] >> channel % 8 & 1; };
+    return bit(0) | bit(1) << 1;
+}
+
+static inline void put_digits(const Side& side, unsigned char* data, int channel, int digits) {
+    for (int plane = 0; plane < 2; ++plane)
+        data[plane_offset(side, plane) + channel / 8] |= (unsigned char)((digits >> plane & 1) << channel % 8);
 }
 
 static inline const uint16_t* params(const Side& side, const unsigned char* data, int group, int which) {
@@ -97,6 +141,19 @@ static inline uint16_t half_of_magnitude(float magnitude, bool away) {
     half += away && !exact;
     const uint32_t largest = away ? 0x7c00 : 0x7bff;
     return uint16_t(half < largest ? half : largest);
+}
+
+// float16 nearest, ties to even; a zero is +0.
+static inline uint16_t half_nearest(float value) {
+    const float size = value < 0 ? -value : value;
+    const uint16_t below = half_of_magnitude(size, false), above = half_of_magnitude(size, true);
+    if (above == 0x7c00) {
+        if (size >= 65520.0f) return uint16_t(value < 0 ? 0xfc00 : 0x7c00);
+        return uint16_t((value < 0 ? 0x8000 : 0) | below);
+    }
+    const float down = size - half_to_float(below), up = half_to_float(above) - size;
+    const uint16_t nearest = down < up || (down == up && !(below & 1)) ? below : above;
+    return uint16_t(nearest == 0 ? 0 : (value < 0 ? 0x8000 : 0) | nearest);
 }
 
 // float16 toward minus infinity; a zero is +0.

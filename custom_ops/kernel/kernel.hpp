@@ -18,7 +18,10 @@ namespace onnx_kivi {
 constexpr int LINE_BYTES = 64;  // alignment of blocks, of their sections, of scratch and workspace
 constexpr int DENSE_BITS = 32;
 
-// What defines the blocks of one slot. bits: 2, 4, 8 or 32 (dense); v_group_size 0 = the whole row.
+// What defines the blocks of one slot. bits: 2, 4, 8, 32 (dense), of values also 3; v_group_size 0 = the whole row.
+// Schemes, see onnx_kivi/SPEC.md: k_digits of two bits that a block spends on one head's keys, 0 = a code of k_bits for
+// each channel; k_token: keys are divided by a scale of their token; k_rotated; v_symmetric: values are rotated, and
+// have a scale and no lo.
 struct SlotShape {
     int32_t kv_heads;
     int32_t k_size;
@@ -27,14 +30,23 @@ struct SlotShape {
     int32_t v_bits;
     int32_t block_tokens;
     int32_t v_group_size;
+    int32_t k_digits = 0;
+    bool k_token = false;
+    bool k_rotated = false;
+    bool v_symmetric = false;
 };
 
 // One side (keys or values) of a block, for one kv head. Codes form a matrix per group of which the kernel
 // computes sum over depth: keys have lanes = tokens, depth = channels, one group; values have lanes = channels of
 // a group, depth = tokens. A tile is 16 lanes, a line is 64 bytes: 32 / bits depths of a tile; byte
-// 4 * (lane % 16) + depth % 4 of it packs 8 / bits depths that are 4 apart, lowest first. Quantized: codes
-// [group][pair of tiles][line][tile of the pair] (a last, odd tile stands alone), then parameters
-// [group][lo, scale][depth_padded] float16. Dense: f32 [block_tokens][size].
+// 4 * (lane % 16) + depth % 4 of it packs 8 / bits depths that are 4 apart, lowest first. A tile of 3 bits has lines of
+// the two lower bits, then lines of the highest. Quantized: codes [group][pair of tiles][line][tile of the pair] (a
+// last, odd tile stands alone), then parameters [group][lo, scale][params_padded] float16, without lo where symmetric.
+// Dense: f32 [block_tokens][size].
+//
+// Of keys in digits a depth is a digit of two bits: the lowest of all channels that have one, then the second ones,
+// then the third. Behind the parameters two bit planes say how many a channel has, [low, high][params_padded / 16] u16.
+// Token scales follow: [lanes] u8, and their unit, float16.
 struct Side {
     int32_t size;
     int32_t bits;
@@ -43,7 +55,13 @@ struct Side {
     int32_t lanes_padded;  // of one group, multiple of 16; groups are that far apart
     int32_t lanes;         // of all groups: the last one is padded from its own lanes
     int32_t depth;
-    int32_t depth_padded;  // multiple of 16
+    int32_t depth_padded;   // multiple of 16
+    int32_t params;         // of a group: channels of keys, tokens of values
+    int32_t params_padded;  // multiple of 16
+    bool digits;
+    bool tokens;
+    bool rotated;
+    bool symmetric;
     int64_t tile_bytes;
     int64_t code_bytes;  // of all groups
     int64_t quantized_bytes;
@@ -63,6 +81,11 @@ Layout make_layout(const SlotShape& shape);
 uint32_t least_dense(const Layout& layout);  // the sides that have 32 bits
 // Bytes of one sealed block, all kv heads of one row; a multiple of LINE_BYTES. Heads follow each other, keys first.
 int64_t block_bytes(const Layout& layout, uint32_t dense);
+int64_t encode_scratch_bytes(const Layout& layout);
+
+// How many digits each channel gets of `count`: the largest gains, [3][channels], which fall from digit to digit; of
+// equal ones the lower digit, then the lower channel. `order` has room for 3 * channels.
+void choose_digits(const float* gains, int32_t channels, int32_t count, int32_t* order, unsigned char* digits);
 
 struct BlockRef {
     const unsigned char* data;  // LINE_BYTES aligned
@@ -157,17 +180,21 @@ int64_t row_work(const Attention& attention, int64_t row);
 // The plan points into `rows`, which has room for attention.rows.
 Plan plan_attention(const Attention& attention, int threads, RowPlan* rows);
 
-// Codes of one block and side in the canonical (file) layout: keys (kv_heads, k_size, ceil(block_tokens * bits / 8)),
-// values (kv_heads, block_tokens, ceil(v_size * bits / 8)), packed along the last axis, lowest bits first; float16
-// lo and scale (kv_heads, k_size), (kv_heads, block_tokens, groups). Only for a side that is not dense.
+// Codes of one block and side in the canonical (file) layout: keys (kv_heads, k_size or digits, ceil(block_tokens *
+// bits / 8)), values (kv_heads, block_tokens, ceil(v_size * bits / 8)), packed along the last axis, lowest bits first;
+// float16 lo and scale (kv_heads, k_size), (kv_heads, block_tokens, groups); digits of each key channel, packed
+// likewise; token scales (kv_heads, block_tokens), and their unit. Null where the scheme has it not. Only for a side
+// that is not dense.
 struct CanonicalSide {
     unsigned char* codes;
     uint16_t* lo;
     uint16_t* scale;
+    unsigned char* digits;
+    unsigned char* token;
+    uint16_t* unit;
 };
 
-int64_t canonical_code_bytes(const Layout& layout, bool key);   // all kv heads
-int64_t canonical_param_count(const Layout& layout, bool key);  // of lo, and of scale
+int64_t canonical_code_bytes(const Layout& layout, bool key);  // all kv heads
 void export_side(const Layout& layout, BlockRef block, bool key, const CanonicalSide& to);
 void import_side(const Layout& layout, unsigned char* block, uint32_t dense, bool key, const CanonicalSide& from);
 
@@ -177,8 +204,9 @@ struct Kernel {
 
     // Encode the block_tokens tokens of one row into `block`, which has block_bytes(layout, dense) bytes; `dense`
     // includes least_dense(layout). Returns the sides that must be dense; if they are not those of `dense`, `block` is
-    // unspecified: allocate anew and call again.
-    uint32_t (*encode_block)(const Layout& layout, uint32_t dense, const DenseTokens& tokens, unsigned char* block);
+    // unspecified: allocate anew and call again. `scratch`, on a line, has encode_scratch_bytes(layout).
+    uint32_t (*encode_block)(const Layout& layout, uint32_t dense, const DenseTokens& tokens, unsigned char* block,
+                             void* scratch);
 
     // Decode tokens [begin, end) of all kv heads to f32, in to.key and to.value (written despite the const).
     void (*decode_block)(const Layout& layout, BlockRef block, int64_t begin, int64_t end, const DenseTokens& to);

@@ -7,11 +7,14 @@
 //   select(m, a, b)        a where m
 //   scale_by_power(a, n)   a * 2^n for integral -126 <= n <= 127
 //   load_half(p)           W float16
+//   load_bytes(p)          W u8
+//   compress(p, a, m)      the lanes of a whose bit of m is set, in order; what follows them, up to W floats, is lost
 // and the integer dot product. A line of codes is 64 bytes: 16 lanes of one or more quads (4 depths) each; a vector of
-// it holds W of the lanes. `prepare<BITS>` takes quad `part` out of it. `store_weights` rounds W weights of each of two
-// rows, x * factor of at most MAX_WEIGHT in size, and stores them quad by quad, two int32 for each row, which `dot`
-// multiplies with a quad of every lane. Sums are exact while they fit in int32. `add_code_bias` makes up in a row's
-// base for what a level's `dot` takes off 8-bit codes.
+// it holds W of the lanes. `code_bytes<BITS>` takes quad `part` out of it, and `split<BITS>` makes it what `dot` wants;
+// `join_bits` puts a highest bit above two lower ones, which `shift_right` may have moved within 16 bits.
+// `store_weights` rounds W weights of each of two rows, x * factor of at most MAX_WEIGHT in size, and stores them quad
+// by quad, two int32 for each row, which `dot` multiplies with a quad of every lane. Sums are exact while they fit in
+// int32. `add_code_bias` makes up in a row's base for what a level's `dot` takes off 8-bit codes.
 #pragma once
 
 #if defined(__AVX512F__)
@@ -40,6 +43,16 @@ static inline F exp(F x) {
     p = fma(p, r, set1(1));
     p = fma(p, r, set1(1));
     return select(greater(set1(-87.3f), x), set1(0), scale_by_power(p, n));
+}
+
+template <int BITS>
+static inline Codes prepare(I line, int part) {
+    return split<BITS>(code_bytes<BITS>(line, part));
+}
+
+// Of 3 bits: quad `part` of a line of the two lower ones, quad `high_part` of one of the highest.
+static inline Codes prepare_joined(I low, int part, I high, int high_part) {
+    return split<3>(join_bits(code_bytes<2>(low, part), code_bytes<1>(high, high_part)));
 }
 
 // NaN for what is not finite: which infinity, or NaN, a sum of overflowing products comes to depends on their order.

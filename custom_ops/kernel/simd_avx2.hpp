@@ -49,6 +49,23 @@ static inline F scale_by_power(F a, F n) {
     return _mm256_mul_ps(a, _mm256_castsi256_ps(power));
 }
 static inline F load_half(const uint16_t* p) { return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)); }
+static inline F load_bytes(const unsigned char* p) {
+    return _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)p)));
+}
+// For each mask the numbers of its bits, a byte each.
+struct Orders {
+    uint64_t of[256];
+    constexpr Orders() : of() {
+        for (int mask = 0; mask < 256; ++mask)
+            for (int lane = 0, at = 0; lane < W; ++lane)
+                if (mask >> lane & 1) of[mask] |= uint64_t(lane) << 8 * at++;
+    }
+};
+static constexpr Orders ORDERS;
+static inline void compress(float* p, F a, unsigned mask) {
+    const I order = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)&ORDERS.of[mask]));
+    _mm256_storeu_ps(p, _mm256_permutevar8x32_ps(a, order));
+}
 static inline I to_int(F a) { return _mm256_cvtps_epi32(a); }
 static inline F to_float(I a) { return _mm256_cvtepi32_ps(a); }
 
@@ -58,6 +75,8 @@ static inline I code_bytes(I line, int part) {
     if (BITS == 8) return line;
     return _mm256_and_si256(_mm256_srli_epi16(line, part * BITS), _mm256_set1_epi8(char((1 << BITS) - 1)));
 }
+static inline I shift_right(I a, int bits) { return _mm256_srl_epi16(a, _mm_cvtsi32_si128(bits)); }
+static inline I join_bits(I low, I high) { return _mm256_or_si256(low, _mm256_slli_epi16(high, 2)); }
 template <int BITS>
 static inline void add_code_bias(float&, float, const int32_t*, int) {}
 
@@ -70,8 +89,7 @@ struct Sum {
     I total;
 };
 template <int BITS>
-static inline Codes prepare(I line, int part) {
-    const I codes = code_bytes<BITS>(line, part);
+static inline Codes split(I codes) {
     return {_mm256_and_si256(codes, _mm256_set1_epi16(0xff)), _mm256_srli_epi16(codes, 8)};
 }
 static inline Sum zero_sum() { return {_mm256_setzero_si256()}; }

@@ -59,6 +59,12 @@ static inline F select(M m, F a, F b) { return _mm512_mask_blend_ps(m, b, a); }
 static inline F round(F a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 static inline F scale_by_power(F a, F n) { return _mm512_scalef_ps(a, n); }
 static inline F load_half(const uint16_t* p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p)); }
+static inline F load_bytes(const unsigned char* p) {
+    return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p)));
+}
+static inline void compress(float* p, F a, unsigned mask) {
+    _mm512_storeu_ps(p, _mm512_maskz_compress_ps(__mmask16(mask), a));
+}
 static inline I to_int(F a) { return _mm512_cvtps_epi32(a); }
 static inline F to_float(I a) { return _mm512_cvtepi32_ps(a); }
 
@@ -68,6 +74,8 @@ static inline I code_bytes(I line, int part) {
     if (BITS == 8) return line;
     return _mm512_and_si512(_mm512_srli_epi16(line, unsigned(part * BITS)), _mm512_set1_epi8(char((1 << BITS) - 1)));
 }
+static inline I shift_right(I a, int bits) { return _mm512_srl_epi16(a, _mm_cvtsi32_si128(bits)); }
+static inline I join_bits(I low, I high) { return _mm512_or_si512(low, _mm512_slli_epi16(high, 2)); }
 template <int BITS>
 static inline void add_code_bias(float&, float, const int32_t*, int) {}
 
@@ -81,8 +89,8 @@ struct Sum {
     I high, low;
 };
 template <int BITS>
-static inline Codes prepare(I line, int part) {
-    return {code_bytes<BITS>(line, part)};
+static inline Codes split(I codes) {
+    return {codes};
 }
 static inline Sum zero_sum() { return {_mm512_setzero_si512(), _mm512_setzero_si512()}; }
 // Written out, because GCC copies or even spills the sums around the intrinsic.
@@ -112,8 +120,7 @@ struct Sum {
     I total;
 };
 template <int BITS>
-static inline Codes prepare(I line, int part) {
-    const I codes = code_bytes<BITS>(line, part);
+static inline Codes split(I codes) {
     return {_mm512_and_si512(codes, _mm512_set1_epi16(0xff)), _mm512_srli_epi16(codes, 8)};
 }
 static inline Sum zero_sum() { return {_mm512_setzero_si512()}; }

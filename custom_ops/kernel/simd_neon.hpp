@@ -41,6 +41,17 @@ static inline F scale_by_power(F a, F n) {
     return vmulq_f32(a, vreinterpretq_f32_s32(power));
 }
 static inline F load_half(const uint16_t* p) { return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p))); }
+static inline F load_bytes(const unsigned char* p) {
+    uint32_t four;
+    __builtin_memcpy(&four, p, sizeof four);
+    const uint16x8_t words = vmovl_u8(vreinterpret_u8_u32(vdup_n_u32(four)));
+    return vcvtq_f32_u32(vmovl_u16(vget_low_u16(words)));
+}
+static inline void compress(float* p, F a, unsigned mask) {
+    float lanes[W];
+    store(lanes, a);
+    for (int i = 0, at = 0; i < W; at += mask >> i++ & 1) p[at] = lanes[i];
+}
 static inline I to_int(F a) { return vcvtnq_s32_f32(a); }
 static inline F to_float(I a) { return vcvtq_f32_s32(a); }
 
@@ -56,11 +67,19 @@ struct Sum {
     I high, low;
 };
 template <int BITS>
-static inline Codes prepare(I line, int part) {
-    const uint8x16_t bytes = vreinterpretq_u8_s32(line);
-    if (BITS == 8) return {vreinterpretq_s8_u8(veorq_u8(bytes, vdupq_n_u8(0x80)))};
-    const uint8x16_t moved = vshlq_u8(bytes, vdupq_n_s8(int8_t(-part * BITS)));
-    return {vreinterpretq_s8_u8(vandq_u8(moved, vdupq_n_u8((1 << BITS) - 1)))};
+static inline I code_bytes(I line, int part) {
+    if (BITS == 8) return line;
+    const uint8x16_t moved = vshlq_u8(vreinterpretq_u8_s32(line), vdupq_n_s8(int8_t(-part * BITS)));
+    return vreinterpretq_s32_u8(vandq_u8(moved, vdupq_n_u8((1 << BITS) - 1)));
+}
+static inline I shift_right(I a, int bits) {
+    return vreinterpretq_s32_u16(vshlq_u16(vreinterpretq_u16_s32(a), vdupq_n_s16(int16_t(-bits))));
+}
+static inline I join_bits(I low, I high) { return vorrq_s32(low, vshlq_n_s32(high, 2)); }
+template <int BITS>
+static inline Codes split(I codes) {
+    const uint8x16_t bytes = vreinterpretq_u8_s32(codes);
+    return {vreinterpretq_s8_u8(BITS == 8 ? veorq_u8(bytes, vdupq_n_u8(0x80)) : bytes)};
 }
 static inline Sum zero_sum() { return {vdupq_n_s32(0), vdupq_n_s32(0)}; }
 static inline void dot(Sum& sum, Codes codes, const int32_t* weights) {

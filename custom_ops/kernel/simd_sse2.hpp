@@ -51,6 +51,17 @@ static inline F load_half(const uint16_t* p) {
     const I sign = _mm_slli_epi32(_mm_and_si128(half, _mm_set1_epi32(0x8000)), 16);
     return _mm_or_ps(_mm_mul_ps(_mm_castsi128_ps(magnitude), _mm_set1_ps(0x1p112f)), _mm_castsi128_ps(sign));
 }
+static inline F load_bytes(const unsigned char* p) {
+    int four;
+    __builtin_memcpy(&four, p, sizeof four);
+    const I zero = _mm_setzero_si128();
+    return _mm_cvtepi32_ps(_mm_unpacklo_epi16(_mm_unpacklo_epi8(_mm_cvtsi32_si128(four), zero), zero));
+}
+static inline void compress(float* p, F a, unsigned mask) {
+    float lanes[W];
+    store(lanes, a);
+    for (int i = 0, at = 0; i < W; at += mask >> i++ & 1) p[at] = lanes[i];
+}
 static inline I to_int(F a) { return _mm_cvtps_epi32(a); }
 static inline F to_float(I a) { return _mm_cvtepi32_ps(a); }
 
@@ -60,6 +71,8 @@ static inline I code_bytes(I line, int part) {
     if (BITS == 8) return line;
     return _mm_and_si128(_mm_srli_epi16(line, part * BITS), _mm_set1_epi8(char((1 << BITS) - 1)));
 }
+static inline I shift_right(I a, int bits) { return _mm_srl_epi16(a, _mm_cvtsi32_si128(bits)); }
+static inline I join_bits(I low, I high) { return _mm_or_si128(low, _mm_slli_epi16(high, 2)); }
 template <int BITS>
 static inline void add_code_bias(float&, float, const int32_t*, int) {}
 
@@ -72,8 +85,7 @@ struct Sum {
     I total;
 };
 template <int BITS>
-static inline Codes prepare(I line, int part) {
-    const I codes = code_bytes<BITS>(line, part);
+static inline Codes split(I codes) {
     return {_mm_and_si128(codes, _mm_set1_epi16(0xff)), _mm_srli_epi16(codes, 8)};
 }
 static inline Sum zero_sum() { return {_mm_setzero_si128()}; }

@@ -4,6 +4,7 @@
 
 #include "dense.hpp"
 #include "quantized.hpp"
+#include "rotate.hpp"
 #include "softmax.hpp"
 
 namespace onnx_kivi::KIVI_ISA {
@@ -48,12 +49,20 @@ struct Memory {
     float* base;
 
     float* query(int64_t r) const { return base + r * layout.query_stride; }
+    float* turned(int64_t r) const { return base + layout.turned + r * layout.query_stride; }
     float* scores(int64_t r) const { return base + layout.scores + r * layout.scores_stride; }
     float* sums(int64_t r) const { return base + layout.sums + r * layout.lanes; }
     float* total(int64_t r) const { return base + layout.total + r * SUM_LANES; }
     float* peak(int64_t r) const { return base + layout.peak + r; }
     float* panel() const { return base + layout.panel; }
-    Folded folded(int64_t depth) const { return {reinterpret_cast<int32_t*>(base + layout.weights), depth, {}, {}}; }
+    Folded folded(int64_t depth) const {
+        return {reinterpret_cast<int32_t*>(base + layout.weights),
+                depth,
+                base + layout.digits,
+                layout.digit_stride,
+                {},
+                {}};
+    }
 };
 
 // The row whose tasks, or units, begin last at or before `index`.
@@ -156,11 +165,13 @@ static inline bool is_visible(const Task& task, const Tile& tile) {
 static inline void tile_scores(const Task& task, const Tile& tile, const Memory& memory) {
     const Side& side = task.layout.key;
     const Scratch& s = memory.layout;
-    if (tile.block && !side_is_dense(tile.block->dense, true))
-        multiply_quantized<false>(side, side_data(task, tile.block, true), side_data(task, tile.next, true),
-                                  memory.query(0), s.query_stride, task.rows(), memory.scores(0), s.scores_stride,
-                                  memory.folded(side.depth_padded));
-    else
+    if (tile.block && !side_is_dense(tile.block->dense, true)) {
+        const unsigned char* const data = side_data(task, tile.block, true);
+        multiply_quantized<false>(side, data, side_data(task, tile.next, true),
+                                  side.rotated ? memory.turned(0) : memory.query(0), s.query_stride, task.rows(),
+                                  memory.scores(0), s.scores_stride, memory.folded(side.depth_padded));
+        if (side.tokens) scale_scores(side, data, task.rows(), memory.scores(0), s.scores_stride);
+    } else
         dense_scores(tile.key, tile.key_stride, tile.tokens, side.size, memory.query(0), s.query_stride, task.rows(),
                      memory.scores(0), s.scores_stride, memory.panel());
 }
@@ -235,7 +246,8 @@ static inline void tile_values(const Task& task, const Tile& tile, const Memory&
     const Scratch& s = memory.layout;
     if (tile.block && !side_is_dense(tile.block->dense, false))
         multiply_quantized<true>(side, side_data(task, tile.block, false), side_data(task, tile.next, false),
-                                 memory.scores(0), s.scores_stride, task.rows(), memory.sums(0), s.lanes,
+                                 memory.scores(0), s.scores_stride, task.rows(),
+                                 memory.sums(0) + (side.rotated ? side.lanes : 0), s.lanes,
                                  memory.folded(side.depth_padded));
     else if (hides_some(task, tile) && !has_finite_values(task, tile))
         visible_values(task, tile, memory);
@@ -252,6 +264,10 @@ static inline void start_rows(const Task& task, const Memory& memory) {
         float* query = memory.query(r);
         for (int64_t d = 0; d < memory.layout.query_stride; ++d)
             query[d] = d < task.layout.key.size ? from[d] * a.scale : 0;
+        if (task.layout.key.rotated) {
+            std::memcpy(memory.turned(r), query, size_t(memory.layout.query_stride) * sizeof(float));
+            rotate(memory.turned(r), task.layout.key.size);
+        }
         std::memset(memory.sums(r), 0, size_t(memory.layout.lanes) * sizeof(float));
         std::memset(memory.total(r), 0, size_t(SUM_LANES) * sizeof(float));
         const float sink = a.head_sink && task.split == 0 ? a.head_sink[task.q_head(r)] : -__builtin_inff();
@@ -260,11 +276,25 @@ static inline void start_rows(const Task& task, const Memory& memory) {
     }
 }
 
-static inline void write_row(const Task& task, int64_t r, const float* sums, float total) {
+// Adds the sums of rotated values, rotated back, to those of values as given, which they follow.
+static inline void turn_back(const Side& side, float* sums) {
+    float* const turned = sums + side.lanes;
+    for (int group = 1; group < side.groups; ++group) {
+        const int begin = group * side.group_size;
+        std::memmove(turned + begin, turned + int64_t(group) * side.lanes_padded,
+                     size_t(least(side.size - begin, side.group_size)) * sizeof(float));
+    }
+    rotate(turned, side.size);
+    for (int i = 0; i < side.size; ++i)
+        sums[i / side.group_size * int64_t(side.lanes_padded) + i % side.group_size] += turned[i];
+}
+
+static inline void write_row(const Task& task, int64_t r, float* sums, float total) {
     const Attention& a = task.attention;
     const Side& side = task.layout.value;
     float* to = a.output + task.plan.row * a.output_row_stride + task.q_head(r) * a.output_head_stride +
                 task.q_token(r) * a.output_token_stride;
+    if (side.rotated) turn_back(side, sums);
     const bool is_nan = !(total > 0);
     const float factor = is_nan ? __builtin_nanf("") : 1.0f / total;
     for (int group = 0; group < side.groups; ++group) {

@@ -15,7 +15,7 @@ std::vector<const CustomOp*> make_step_ops(const OrtApi* api);
 // output shape of theirs.
 std::vector<const CustomOp*> make_sdpa_ops(const OrtApi* api, bool infer_shapes);
 
-// Ops that are only specified: a model that has one is refused by its name when it loads.
-std::vector<const CustomOp*> make_unbuilt_ops(const OrtApi* api);
+// CacheOpen and CacheStamp.
+std::vector<const CustomOp*> make_ghost_ops(const OrtApi* api);
 
 }  // namespace onnx_kivi::ort

@@ -28,7 +28,7 @@ OrtCustomOpDomain* domain(const OrtApi* api, bool infer_shapes) {
     if (domain == nullptr) {
         OrtCustomOpDomain* made = nullptr;
         check(call<CreateCustomOpDomain>(api, "onnx_kivi", &made));
-        for (const auto& ops : {make_step_ops(api), make_sdpa_ops(api, infer_shapes), make_unbuilt_ops(api)}) {
+        for (const auto& ops : {make_step_ops(api), make_sdpa_ops(api, infer_shapes), make_ghost_ops(api)}) {
             for (const CustomOp* op : ops) check(call<CustomOpDomain_Add>(api, made, op));
         }
         domain = made;

@@ -101,6 +101,7 @@ NB_MODULE(_native, m) {
     });
     m.def("step_attribute_specs", attribute_specs<StepAttributes>);
     m.def("sdpa_attribute_specs", attribute_specs<SdpaAttributes>);
+    m.def("ghost_attribute_specs", attribute_specs<GhostAttributes>);
     m.def("tensor_specs", [] {
         nb::list specs;
         for (const TensorSpec& spec : sdpa_tensors()) {

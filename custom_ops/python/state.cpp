@@ -33,14 +33,14 @@ std::pair<nb::object, void*> make_part(const Part& part) {
     return {};
 }
 
-// An array if the side is dense, else a tuple of its parts.
+// An array if the side is dense, else a tuple of its parts, empty where its scheme has them not.
 std::pair<nb::object, SideState> make_side(const SlotLayout& layout, bool dense, bool key) {
     nb::list arrays;
     std::vector<void*> memory;
     for (const Part& part : side_parts(layout, key, dense)) {
         const auto [array, data] = make_part(part);
         arrays.append(array);
-        memory.push_back(data);
+        memory.push_back(elements(part) > 0 ? data : nullptr);
     }
     const nb::object side = dense ? nb::object(arrays[0]) : nb::object(nb::tuple(arrays));
     return {side, side_state(memory, dense)};

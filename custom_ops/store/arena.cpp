@@ -1,6 +1,7 @@
 #include "arena.hpp"
 
 #include <algorithm>
+#include <atomic>
 #include <cstdlib>
 #include <map>
 #include <memory>
@@ -50,6 +51,7 @@ namespace {
 
 // Slabs that have a free piece, by the size of their pieces; a full slab is known to its pieces only.
 struct Arena {
+    std::atomic<int64_t> held_bytes{0};
     std::mutex mutex;
     std::map<int64_t, std::vector<Slab*>> open;
 };
@@ -75,10 +77,12 @@ ArenaMemory::ArenaMemory(int64_t bytes) : bytes_(bytes) {
     data_ = slab_->free.back();
     slab_->free.pop_back();
     if (slab_->free.empty()) open.pop_back();
+    arena().held_bytes += bytes;
 }
 
 ArenaMemory::~ArenaMemory() {
     if (slab_ == nullptr) return;
+    arena().held_bytes -= bytes_;
     const std::lock_guard lock(arena().mutex);
     std::vector<Slab*>& open = arena().open[slab_->piece_bytes];
     if (slab_->free.empty()) open.push_back(slab_);
@@ -88,5 +92,7 @@ ArenaMemory::~ArenaMemory() {
     open.erase(std::find(open.begin(), open.end(), slab_));
     delete slab_;
 }
+
+int64_t arena_bytes() { return arena().held_bytes; }
 
 }  // namespace onnx_kivi

@@ -27,4 +27,7 @@ private:
     int64_t bytes_;
 };
 
+// Bytes of all such memory that is held in this process.
+int64_t arena_bytes();
+
 }  // namespace onnx_kivi

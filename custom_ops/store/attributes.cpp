@@ -59,11 +59,49 @@ void one_of(const char* name, const Value& value, const std::vector<Value>& allo
     refuse(name, "one of " + joined(allowed), shown(value) + later);
 }
 
-const std::vector<std::string>& k_schemes() {
-    static const std::vector<std::string> all{"digits:2",     "digits:2+token",      "digits:2.25", "digits:2.25+token",
-                                              "digits:2.5",   "digits:2.5+token",    "digits:3",    "digits:3+token",
-                                              "affine+token", "affine+token+rotated"};
+void check_model_id(const std::string& model_id) {
+    if (model_id.empty()) refuse("model_id", "a non-empty string", "''");
+    if (!std::all_of(model_id.begin(), model_id.end(), is_printable)) {
+        refuse("model_id", "printable ASCII characters", "others");
+    }
+}
+
+// Bits of a digit scheme's keys, in quarters, as they are named.
+struct Average {
+    const char* name;
+    int64_t quarters;
+};
+constexpr Average AVERAGES[] = {{"2", 8}, {"2.25", 9}, {"2.5", 10}, {"3", 12}};
+const std::string DIGITS = "digits:";
+
+std::vector<std::string> k_schemes() {
+    std::vector<std::string> all{"affine"};
+    for (const Average& average : AVERAGES) {
+        all.push_back(DIGITS + average.name);
+        all.push_back(all.back() + "+token");
+    }
+    all.insert(all.end(), {"affine+token", "affine+token+rotated"});
     return all;
+}
+
+// Throws unless a scheme makes codes of so many bits.
+void check_bits(const char* bits_name, int64_t bits, const char* scheme_name, const std::string& scheme,
+                const std::vector<int64_t>& allowed) {
+    if (is_among(allowed, bits)) return;
+    refuse(bits_name, "one of " + joined(allowed) + " with " + scheme_name + " " + scheme, std::to_string(bits));
+}
+
+void check_schemes(const RowOptions& row) {
+    one_of<std::string>("k_scheme", row.k_scheme, k_schemes());
+    one_of<std::string>("v_scheme", row.v_scheme, {"affine", "symmetric+rotated"});
+    const bool digits = row.k_scheme.starts_with(DIGITS), affine = row.k_scheme == "affine";
+    using Bits = std::vector<int64_t>;
+    check_bits("k_bits", row.k_bits, "k_scheme", row.k_scheme,
+               digits   ? Bits{2}
+               : affine ? Bits{2, 4, 8, 32}
+                        : Bits{2, 4, 8});
+    check_bits("v_bits", row.v_bits, "v_scheme", row.v_scheme,
+               row.has_symmetric_values() ? Bits{2, 3, 4} : Bits{2, 4, 8, 32});
 }
 
 // As %g writes it, whatever the locale.
@@ -73,6 +111,16 @@ std::string text(double value) {
 }
 
 }  // namespace
+
+int64_t digits_of(const RowOptions& options, int64_t k_size) {
+    const std::string scheme = options.k_scheme.substr(0, options.k_scheme.find('+'));
+    for (const Average& average : AVERAGES) {
+        if (scheme != DIGITS + average.name) continue;
+        const int64_t eighths = k_size * average.quarters, whole = eighths / 8, rest = eighths % 8;
+        return whole + (rest > 4 || (rest == 4 && whole % 2 != 0));
+    }
+    return 0;
+}
 
 void check_version(int64_t version) {
     if (version < FIRST_VERSION || version > LAST_VERSION) {
@@ -87,18 +135,21 @@ void refuse_unknown(const std::string& name, const std::vector<std::string>& kno
 
 void validate(const StepAttributes& attributes) {
     check_version(attributes.spec_version);
-    if (attributes.model_id.empty()) refuse("model_id", "a non-empty string", "''");
-    if (!std::all_of(attributes.model_id.begin(), attributes.model_id.end(), is_printable)) {
-        refuse("model_id", "printable ASCII characters", "others");
-    }
+    check_model_id(attributes.model_id);
     between("layers", attributes.layers, 1, MAX_LAYERS);
+}
+
+void validate(const GhostAttributes& attributes) {
+    check_version(attributes.spec_version);
+    check_model_id(attributes.model_id);
+    between("kv_bytes", attributes.kv_bytes, 0, MAX_KV_BYTES);
 }
 
 void validate(const SdpaAttributes& a) {
     check_version(a.spec_version);
     between("slot", a.slot, 0, MAX_SLOT);
     one_of<int64_t>("k_bits", a.row.k_bits, {2, 4, 8, 32});
-    one_of<int64_t>("v_bits", a.row.v_bits, {2, 4, 8, 32});
+    one_of<int64_t>("v_bits", a.row.v_bits, {2, 3, 4, 8, 32});
     between("block_tokens", a.row.block_tokens, 1, MAX_BLOCK_TOKENS);
     between("v_group_size", a.row.v_group_size, 0, MAX_V_GROUP_SIZE);
     between("residual_length", a.row.residual_length, 0, MAX_RESIDUAL_LENGTH);
@@ -116,8 +167,7 @@ void validate(const SdpaAttributes& a) {
         refuse("window_sinks", "at most sink_length, " + std::to_string(a.row.sink_length) + ", and a window",
                std::to_string(a.window_sinks) + " and window " + std::to_string(a.window));
     }
-    one_of<std::string>("k_scheme", a.row.k_scheme, {"affine"}, k_schemes());
-    one_of<std::string>("v_scheme", a.row.v_scheme, {"affine"}, {"symmetric+rotated"});
+    check_schemes(a.row);
     one_of<std::string>("dense_element", a.row.dense_element, {"float32"}, {"float16"});
     if (!std::isfinite(a.scale)) refuse("scale", "a finite number", text(a.scale));
     if (!(std::isfinite(a.softcap) && a.softcap >= 0)) {

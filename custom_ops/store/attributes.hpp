@@ -24,7 +24,7 @@ constexpr int64_t NO_STEP = -1;
 constexpr int64_t MAX_BLOCK_TOKENS = 1024;
 constexpr int64_t MAX_LAYERS = 1 << 16, MAX_SLOT = 1 << 16, MAX_SINK_LENGTH = 1 << 16;
 constexpr int64_t MAX_RESIDUAL_LENGTH = 1 << 20, MAX_V_GROUP_SIZE = 1 << 20;
-constexpr int64_t MAX_WINDOW = int64_t{1} << 40;
+constexpr int64_t MAX_WINDOW = int64_t{1} << 40, MAX_KV_BYTES = int64_t{1} << 40;
 
 struct StepAttributes {
     static constexpr int REQUIRED = 2;
@@ -60,6 +60,9 @@ struct RowOptions {
 
     bool operator==(const RowOptions&) const = default;
     bool is_cross() const { return kind == "cross"; }
+    bool has_token_scales() const { return k_scheme.find("+token") != std::string::npos; }
+    bool rotates_keys() const { return k_scheme.find("+rotated") != std::string::npos; }
+    bool has_symmetric_values() const { return v_scheme == "symmetric+rotated"; }
 
     template <class Self, class Visitor>
     static void fields(Self& self, Visitor&& visit) {
@@ -79,6 +82,9 @@ struct RowOptions {
         visit("dense_element", self.dense_element);
     }
 };
+
+// Digits of two bits that a block spends on one head's keys; 0 where each channel has a code of k_bits.
+KIVI_API int64_t digits_of(const RowOptions& options, int64_t k_size);
 
 struct SdpaAttributes {
     static constexpr int REQUIRED = 1;
@@ -112,6 +118,21 @@ struct SdpaAttributes {
     }
 };
 
+struct GhostAttributes {
+    static constexpr int REQUIRED = 1;
+
+    std::string model_id;
+    int64_t kv_bytes = 0;
+    int64_t spec_version = 2;
+
+    template <class Self, class Visitor>
+    static void fields(Self& self, int64_t, Visitor&& visit) {
+        visit("model_id", self.model_id);
+        visit("kv_bytes", self.kv_bytes);
+        visit("spec_version", self.spec_version);
+    }
+};
+
 // Names of what nodes of that version have, in order.
 template <class Attributes>
 std::vector<std::string> field_names(int64_t version) {
@@ -127,9 +148,10 @@ KIVI_API void check_version(int64_t version);
 // Throws Error(config) naming what may be given in place of `name`.
 [[noreturn]] KIVI_API void refuse_unknown(const std::string& name, const std::vector<std::string>& known);
 
-// Both throw Error(spec_mismatch) for another spec version, Error(config) for a value outside the spec.
+// All throw Error(spec_mismatch) for another spec version, Error(config) for a value outside the spec.
 KIVI_API void validate(const StepAttributes& attributes);
 KIVI_API void validate(const SdpaAttributes& attributes);
+KIVI_API void validate(const GhostAttributes& attributes);
 
 // The number that a decimal string says: digits, perhaps a sign, a point, an exponent, and nothing else, whatever the
 // locale. Throws Error(config) naming the attribute, as spec.py does.

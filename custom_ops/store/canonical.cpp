@@ -38,24 +38,35 @@ const char* element_name(Element element) {
 
 int64_t element_bytes(Element element) { return element == Element::float32 ? 4 : element == Element::float16 ? 2 : 1; }
 
+int64_t elements(const Part& part) {
+    int64_t count = 1;
+    for (const int64_t size : part.shape) count *= size;
+    return count;
+}
+
 std::vector<Part> side_parts(const SlotLayout& layout, bool key, bool dense) {
     const SlotShape& shape = layout.blocks.shape;
     const Side& side = key ? layout.blocks.key : layout.blocks.value;
-    const int64_t heads = shape.kv_heads, tokens = layout.block_tokens;
+    const int64_t heads = shape.kv_heads, tokens = layout.block_tokens, columns = key ? tokens : side.size;
     if (dense) return {{Element::float32, {heads, tokens, side.size}}};
-    const int64_t rows = key ? side.size : tokens, columns = key ? tokens : side.size;
-    std::vector<int64_t> parameters{heads, rows};
+    const auto part = [](Element element, bool present, std::vector<int64_t> sizes) {
+        return Part{element, present ? std::move(sizes) : std::vector<int64_t>{0}};
+    };
+    std::vector<int64_t> parameters{heads, side.params};
     if (!key) parameters.push_back(side.groups);
-    return {{Element::uint8, {heads, rows, (columns * side.bits + 7) / 8}},
-            {Element::float16, parameters},
-            {Element::float16, parameters}};
+    return {part(Element::uint8, true, {heads, side.depth, (columns * side.bits + 7) / 8}),
+            part(Element::float16, !side.symmetric, parameters),
+            part(Element::float16, true, parameters),
+            part(Element::uint8, side.digits, {heads, (side.params * 2 + 7) / 8}),
+            part(Element::uint8, side.tokens, {heads, tokens}),
+            part(Element::float16, side.tokens, {heads})};
 }
 
 SideState side_state(const std::vector<void*>& memory, bool dense) {
     if (dense) return {static_cast<float*>(memory[0]), {}};
-    return {
-        nullptr,
-        {static_cast<unsigned char*>(memory[0]), static_cast<uint16_t*>(memory[1]), static_cast<uint16_t*>(memory[2])}};
+    const auto bytes = [&](std::size_t i) { return static_cast<unsigned char*>(memory[i]); };
+    const auto halves = [&](std::size_t i) { return static_cast<uint16_t*>(memory[i]); };
+    return {nullptr, {bytes(0), halves(1), halves(2), bytes(3), bytes(4), halves(5)}};
 }
 
 void export_sinks(const SlotLayout& layout, const Row& row, const TokensState& to) {

@@ -26,12 +26,14 @@ struct Part {
     std::vector<int64_t> shape;
 };
 
+int64_t elements(const Part& part);
 const char* element_name(Element element);  // as NumPy calls it
 int64_t element_bytes(Element element);
 
-// The arrays of one side of a block, in the order of files: one if it is dense, else those of CanonicalSide.
+// The arrays of one side of a block, in the order of files: one if it is dense, else those of CanonicalSide, empty
+// where its scheme has them not.
 KIVI_API std::vector<Part> side_parts(const SlotLayout& layout, bool key, bool dense);
-// A side whose parts have this memory.
+// A side whose parts have this memory, null for an empty one.
 KIVI_API SideState side_state(const std::vector<void*>& memory, bool dense);
 
 // Dense tokens of a row: f32 (Hkv, tokens, D) each.

@@ -46,15 +46,23 @@ Sizes sizes_of(const std::string& where, const RowArrays& row) {
     return sizes;
 }
 
-bool are_parameters(const ArrayView& lo, const ArrayView& scale) {
-    const auto* lows = static_cast<const uint16_t*>(lo.data);
-    const auto* scales = static_cast<const uint16_t*>(scale.data);
+int64_t count_of(const Shape& shape) {
     int64_t count = 1;
-    for (const int64_t size : lo.shape) count *= size;
-    const auto is_finite = [](uint16_t half) { return (half & HALF_MAGNITUDE) < HALF_INFINITY; };
-    return std::all_of(lows, lows + count, is_finite) && std::all_of(scales, scales + count, [](uint16_t half) {
-               return HALF_SMALLEST_NORMAL <= half && half < HALF_INFINITY;
-           });
+    for (const int64_t size : shape) count *= size;
+    return count;
+}
+
+// Whether all of them are finite and at least `least`, which is not negative.
+bool are_at_least(const ArrayView& halves, uint16_t least) {
+    const auto* data = static_cast<const uint16_t*>(halves.data);
+    return std::all_of(data, data + count_of(halves.shape),
+                       [least](uint16_t half) { return least <= half && half < HALF_INFINITY; });
+}
+
+bool are_finite(const ArrayView& halves) {
+    const auto* data = static_cast<const uint16_t*>(halves.data);
+    return std::all_of(data, data + count_of(halves.shape),
+                       [](uint16_t half) { return (half & HALF_MAGNITUDE) < HALF_INFINITY; });
 }
 
 // Whether nothing is written behind the last code of a row of `count` codes.
@@ -63,37 +71,106 @@ bool is_padded_with_zeros(const ArrayView& codes, int64_t count, int64_t bits) {
     if (used == 0) return true;
     const auto* bytes = static_cast<const unsigned char*>(codes.data);
     const int64_t row = codes.shape.back();
-    const int64_t end = codes.shape[0] * codes.shape[1] * row;
+    const int64_t end = count_of(codes.shape);
     for (int64_t last = row - 1; last < end; last += row) {
         if (bytes[last] >> used) return false;
     }
     return true;
 }
 
-void check_side(const std::string& where, const SideArrays& side, int64_t bits, int64_t count, const Shape& dense,
-                const Shape& codes, const Shape& parameters) {
-    if (side.is_dense) return check_array(where, side.dense, dense, FLOAT32);
-    if (bits == DENSE_BITS) throw_cache_error(where + ": expected f32, as 32 bits say, got codes");
-    check_array(where, side.codes, codes, UINT8);
-    check_array(where, side.lo, parameters, FLOAT16);
-    check_array(where, side.scale, parameters, FLOAT16);
-    if (!are_parameters(side.lo, side.scale)) {
-        throw_cache_error(where + ": expected finite parameters and scales of at least 6.103515625e-05, got others");
+// What the arrays of a side must be, by its scheme; an absent one has the shape (0).
+struct SideShapes {
+    Shape dense, codes, lo, scale, digits, token, unit;
+};
+
+const Shape ABSENT{0};
+
+int64_t packed(int64_t count, int64_t bits) { return (count * bits + 7) / 8; }
+
+SideShapes key_shapes(const RowOptions& options, const Sizes& sizes) {
+    const int64_t tokens = options.block_tokens, digits = digits_of(options, sizes.key);
+    const Shape params{sizes.heads, sizes.key};
+    const bool scaled = options.has_token_scales();
+    return {{sizes.heads, tokens, sizes.key},
+            {sizes.heads, digits ? digits : sizes.key, packed(tokens, options.k_bits)},
+            params,
+            params,
+            digits ? Shape{sizes.heads, packed(sizes.key, 2)} : ABSENT,
+            scaled ? Shape{sizes.heads, tokens} : ABSENT,
+            scaled ? Shape{sizes.heads} : ABSENT};
+}
+
+SideShapes value_shapes(const RowOptions& options, const Sizes& sizes) {
+    const int64_t tokens = options.block_tokens;
+    const int64_t group = options.v_group_size ? options.v_group_size : sizes.value;
+    const Shape params{sizes.heads, tokens, (sizes.value + group - 1) / group};
+    return {{sizes.heads, tokens, sizes.value},
+            {sizes.heads, tokens, packed(sizes.value, options.v_bits)},
+            options.has_symmetric_values() ? ABSENT : params,
+            params,
+            ABSENT,
+            ABSENT,
+            ABSENT};
+}
+
+void check_arrays(const std::string& where, const SideArrays& side, const SideShapes& shapes) {
+    check_array(where, side.codes, shapes.codes, UINT8);
+    check_array(where, side.lo, shapes.lo, FLOAT16);
+    check_array(where, side.scale, shapes.scale, FLOAT16);
+    check_array(where, side.digits, shapes.digits, UINT8);
+    check_array(where, side.token, shapes.token, UINT8);
+    check_array(where, side.unit, shapes.unit, FLOAT16);
+}
+
+// Throws unless each head spends `count` digits, and a channel has a scale where it has any.
+void check_digits(const std::string& where, const SideArrays& side, int64_t count, int64_t size) {
+    const auto* packed_digits = static_cast<const unsigned char*>(side.digits.data);
+    const auto* scales = static_cast<const uint16_t*>(side.scale.data);
+    const int64_t heads = side.digits.shape[0], row = side.digits.shape[1];
+    for (int64_t head = 0; head < heads; ++head) {
+        int64_t spent = 0;
+        bool fits = true;
+        for (int64_t c = 0; c < size; ++c) {
+            const int digits = packed_digits[head * row + c / 4] >> c % 4 * 2 & 3;
+            const uint16_t scale = scales[head * size + c];
+            spent += digits;
+            fits = fits && (digits ? scale >= HALF_SMALLEST_NORMAL : scale == 0);
+        }
+        if (spent == count && fits) continue;
+        throw_cache_error(where + ": expected " + text(count) +
+                          " digits for each head, and scales of channels that have some, got others");
     }
-    if (!is_padded_with_zeros(side.codes, count, bits)) {
+}
+
+void check_side(const std::string& where, const SideArrays& side, int64_t bits, int64_t count, bool symmetric,
+                const SideShapes& shapes) {
+    if (side.is_dense) return check_array(where, side.dense, shapes.dense, FLOAT32);
+    if (bits == DENSE_BITS) throw_cache_error(where + ": expected f32, as 32 bits say, got codes");
+    check_arrays(where, side, shapes);
+    const bool digits = shapes.digits != ABSENT;
+    const uint16_t least = symmetric || digits ? 0 : HALF_SMALLEST_NORMAL;
+    if (!are_finite(side.lo) || !are_at_least(side.scale, least)) {
+        throw_cache_error(where + ": expected finite parameters and scales of at least " +
+                          (least ? "6.103515625e-05" : "0.0") + ", got others");
+    }
+    if (!is_padded_with_zeros(side.codes, count, bits) ||
+        (digits && !is_padded_with_zeros(side.digits, shapes.scale[1], 2))) {
         throw_cache_error(where + ": expected zeros behind the last code of each row, got others");
+    }
+    if (digits) check_digits(where, side, shapes.codes[1], shapes.scale[1]);
+    const auto* token = static_cast<const unsigned char*>(side.token.data);
+    const bool has_zero = std::find(token, token + count_of(side.token.shape), 0) != token + count_of(side.token.shape);
+    if (has_zero || !are_at_least(side.unit, HALF_SMALLEST_NORMAL)) {
+        throw_cache_error(where +
+                          ": expected token scales from 1 on and a unit of at least 6.103515625e-05, got others");
     }
 }
 
 void check_block(const std::string& where, const RowOptions& options, const BlockArrays& block, const Sizes& sizes) {
-    const auto packed = [](int64_t count, int64_t bits) { return (count * bits + 7) / 8; };
-    const int64_t tokens = options.block_tokens;
-    const int64_t group = options.v_group_size ? options.v_group_size : sizes.value;
-    const int64_t groups = (sizes.value + group - 1) / group;
-    check_side(where + ", key block", block.key, options.k_bits, tokens, {sizes.heads, tokens, sizes.key},
-               {sizes.heads, sizes.key, packed(tokens, options.k_bits)}, {sizes.heads, sizes.key});
-    check_side(where + ", value block", block.value, options.v_bits, sizes.value, {sizes.heads, tokens, sizes.value},
-               {sizes.heads, tokens, packed(sizes.value, options.v_bits)}, {sizes.heads, tokens, groups});
+    check_side(where + ", key block", block.key, options.k_bits, options.block_tokens, false,
+               key_shapes(options, sizes));
+    check_side(where + ", value block", block.value, options.v_bits, sizes.value, options.has_symmetric_values(),
+               value_shapes(options, sizes));
 }
 
 void check_row(const std::string& where, const RowOptions& options, const RowArrays& row, const Sizes& sizes) {
@@ -192,7 +269,9 @@ TokensState tokens_state(const ArrayView& key, const ArrayView& value) {
 
 SideState side_state(const SideArrays& side) {
     if (side.is_dense) return {data_of<float>(side.dense), {}};
-    return {nullptr, {data_of<unsigned char>(side.codes), data_of<uint16_t>(side.lo), data_of<uint16_t>(side.scale)}};
+    return {nullptr,
+            {data_of<unsigned char>(side.codes), data_of<uint16_t>(side.lo), data_of<uint16_t>(side.scale),
+             data_of<unsigned char>(side.digits), data_of<unsigned char>(side.token), data_of<uint16_t>(side.unit)}};
 }
 
 Row row_of(const SlotLayout& layout, const RowArrays& row) {
@@ -205,8 +284,8 @@ Row row_of(const SlotLayout& layout, const RowArrays& row) {
 }  // namespace
 
 SideArrays side_arrays(const std::vector<ArrayView>& arrays, bool dense) {
-    if (dense) return {true, arrays[0], {}, {}, {}};
-    return {false, {}, arrays[0], arrays[1], arrays[2]};
+    if (dense) return {true, arrays[0], {}, {}, {}, {}, {}, {}};
+    return {false, {}, arrays[0], arrays[1], arrays[2], arrays[3], arrays[4], arrays[5]};
 }
 
 State import_state(const StateArrays& state) {

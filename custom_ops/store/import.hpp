@@ -22,7 +22,7 @@ struct ArrayView {
 struct SideArrays {
     bool is_dense = false;
     ArrayView dense;
-    ArrayView codes, lo, scale;
+    ArrayView codes, lo, scale, digits, token, unit;
 };
 
 // A side of these arrays, in the order of files.

@@ -41,8 +41,12 @@ SlotLayout make_slot_layout(const RowOptions& options, int64_t heads, int64_t k_
                            narrow(options.k_bits),
                            narrow(options.v_bits),
                            narrow(options.block_tokens),
-                           narrow(std::min(options.v_group_size, v_size))};
-    SlotShape sinks = blocks;
+                           narrow(std::min(options.v_group_size, v_size)),
+                           narrow(digits_of(options, k_size)),
+                           options.has_token_scales(),
+                           options.rotates_keys(),
+                           options.has_symmetric_values()};
+    SlotShape sinks{blocks.kv_heads, blocks.k_size, blocks.v_size, 0, 0, 0, blocks.v_group_size};
     sinks.k_bits = sinks.v_bits = DENSE_BITS;
     sinks.block_tokens = narrow(std::max<int64_t>(options.sink_length, 1));
     return {make_layout(blocks), make_layout(sinks), options.block_tokens, options.residual_length,
@@ -134,6 +138,13 @@ private:
 
 namespace {
 
+uint32_t encode(const SlotLayout& layout, const Kernel& kernel, uint32_t dense, const DenseTokens& tokens,
+                Block& block) {
+    thread_local AlignedBuffer scratch;
+    scratch.reserve(encode_scratch_bytes(layout.blocks));
+    return kernel.encode_block(layout.blocks, dense, tokens, block.memory.data(), scratch.data());
+}
+
 // Encodes all blocks that are to be sealed, in parallel.
 template <class Growth>
 void seal(const SlotLayout& layout, const Kernel& kernel, std::vector<Growth>& growths, Scheduler& scheduler) {
@@ -156,12 +167,12 @@ void seal(const SlotLayout& layout, const Kernel& kernel, std::vector<Growth>& g
     }
     scheduler.for_each(all.size(), [&](std::size_t i) {
         const auto& sealing = *all[i].sealing;
-        all[i].must_be_dense = kernel.encode_block(layout.blocks, least, sealing.tokens, sealing.block->memory.data());
+        all[i].must_be_dense = encode(layout, kernel, least, sealing.tokens, *sealing.block);
     });
     for (const Work& work : all) {
         if (work.must_be_dense == least) continue;
         auto block = std::make_shared<Block>(layout.blocks, work.must_be_dense, layout.block_tokens);
-        kernel.encode_block(layout.blocks, work.must_be_dense, work.sealing->tokens, block->memory.data());
+        encode(layout, kernel, work.must_be_dense, work.sealing->tokens, *block);
         work.sealing->block = std::move(block);
     }
 }

@@ -1,9 +1,10 @@
 // The step that is open on one cache or several: what its nodes have appended, commit, poison, supersede.
 //
-// A step begins with the rows that past_length keeps, and collects new ones beside them; the committed ones are replaced
-// all at once when the last of the model's nodes has run: so a rollback is to forget the step. It covers all rows of its caches, in order, and is stale as soon as any
-// of them has gone on without it. The words are those of onnx_kivi/runtime/numpy_backend/steps.py. The store locks the
-// caches; what the nodes change of a step has a lock of its own, taken after theirs.
+// A step begins with the rows that past_length keeps, and collects new ones beside them; the committed ones are
+// replaced all at once when the last of the model's nodes has run: so a rollback is to forget the step. It covers all
+// rows of its caches, in order, and is stale as soon as any of them has gone on without it. The words are those of
+// onnx_kivi/runtime/numpy_backend/steps.py. The store locks the caches; what the nodes change of a step has a lock of
+// its own, taken after theirs.
 #pragma once
 
 #include <string>
@@ -21,9 +22,9 @@ struct Held {
 
 class Step {
 public:
-    // cut: what each cache holds for this step, where past_length keeps less than all. rows: none where nobody knows how
-    // many an empty cache will have. past: tokens of each row, {0} for an empty
-    // cache. new_lengths: of each row, or one number for all; ALL_NEW = all that a node is given.
+    // cut: what each cache holds for this step, where past_length keeps less than all. rows: none where nobody knows
+    // how many an empty cache will have. past: tokens of each row, {0} for an empty cache. new_lengths: of each row, or
+    // one number for all; ALL_NEW = all that a node is given.
     Step(int64_t ticket, std::vector<CachePtr> caches, std::vector<std::optional<State>> cut,
          const StepAttributes& attributes, std::optional<int64_t> rows, std::vector<int64_t> past,
          std::vector<int64_t> new_lengths)

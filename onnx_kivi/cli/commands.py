@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from .. import graph
-from ..config import KiviConfig, parse_layer_bits
+from ..config import PRESETS, KiviConfig, parse_layer_bits
 from ..errors import ConfigError
 from ..measure import batch_bench as bench_batch
 from ..measure import demo as demo_run
@@ -28,6 +28,7 @@ from ..rewrite import pipeline
 from ..run.session import Session, open_stepper
 from ..run.tokenizer import Tokenizer, chat
 from ..runtime.hosts import describe
+from ..spec import NO_IO
 from ..staging import check_target
 from .folder import RewrittenFolder, is_folder_wanted, only_model, rewrite_folder
 from .rewriting import NO, Request, Rewritten, check_writable, rewritten
@@ -65,7 +66,8 @@ def inspect_model(args: argparse.Namespace, progress: Progress) -> Outcome:
 
 def rewrite_model(args: argparse.Namespace, progress: Progress) -> Outcome:
     """Rewrite and verify a file or folder; nothing gets the name asked for before all is well."""
-    request = Request(_config(args), args.partial, "" if args.verify == NO else args.verify)
+    level = "" if args.verify == NO else args.verify
+    request = Request(_config(args), args.partial, level, chooses_io=args.io is None)
     output = Path(args.output)
     if is_folder_wanted(args.model, output):
         return _rewrite_folder(Path(args.model), output, request, args.copy_weights, progress)
@@ -89,7 +91,7 @@ def _rewrite_file(source: Path, output: Path, request: Request, progress: Progre
     findings = pipeline.examine(model, cross=request.config.cross, source=source)
     done = rewritten(source, model, findings, request, output, progress)
     weights = () if done.failure else graph.save(model, output)
-    view = partial(rewrite_view, done.report, [output, *weights], done.checked, _said_of_window(request.config))
+    view = partial(rewrite_view, done, [output, *weights], _said_of_window(request.config))
     return _said_of_rewriting(done, output, view)
 
 
@@ -234,10 +236,8 @@ def info(args: argparse.Namespace, progress: Progress) -> Outcome:  # noqa: ARG0
 
 
 def _config(args: argparse.Namespace) -> KiviConfig:
-    both = 8 if args.bits is None else args.bits
     return KiviConfig(
-        k_bits=both if args.k_bits is None else args.k_bits,
-        v_bits=both if args.v_bits is None else args.v_bits,
+        **_sides(args),
         block_tokens=args.block_tokens,
         v_group_size=args.v_group_size,
         residual_length=args.residual,
@@ -246,8 +246,24 @@ def _config(args: argparse.Namespace) -> KiviConfig:
         cross=args.cross,
         window=args.window,
         window_sinks=args.window_sinks,
+        io=args.io or NO_IO,
+        kv_bytes=args.kv_bytes,
         last_logits=args.last_logits,
     )
+
+
+def _sides(args: argparse.Namespace) -> Mapping[str, Any]:
+    """Bits and schemes, of the preset or as they are given. Raises ConfigError for both."""
+    given = {
+        "k_bits": args.bits if args.k_bits is None else args.k_bits,
+        "v_bits": args.bits if args.v_bits is None else args.v_bits,
+        "k_scheme": args.k_scheme,
+        "v_scheme": args.v_scheme,
+    }
+    chosen = {name: value for name, value in given.items() if value is not None}
+    if args.preset and chosen:
+        raise ConfigError(f"--preset: expected no bits and no schemes beside {args.preset}, got {', '.join(chosen)}")
+    return PRESETS[args.preset] if args.preset else chosen
 
 
 def _said_of_window(config: KiviConfig) -> str | None:

@@ -64,6 +64,11 @@ class _Source:
     genai: Json | None
 
     @property
+    def carries_a_past(self) -> bool:
+        """Whether a host is to run it that carries a past: genai, or optimum with a transformers config."""
+        return self.config is not None or self.genai is not None
+
+    @property
     def models(self) -> list[str]:
         return [name for name in self.names if name.endswith(MODEL_SUFFIX)]
 
@@ -133,7 +138,8 @@ def _fill(source: _Source, folder: Path, request: Request, progress: Progress, c
             "the decoder with past inputs"
         )
     if library and source.genai is not None:
-        _write_genai(adapt_genai(source.genai, tensors, library.name), folder / GENAI_FILE)
+        ghosts = [name for name, done in models.items() if done.ghost]
+        _write_genai(adapt_genai(source.genai, tensors, ghosts, library.name), folder / GENAI_FILE)
         place(library, folder / library.name, link=False)
     rest = [name for name in source.names if not os.path.lexists(folder / name)]
     for name in rest:
@@ -156,6 +162,7 @@ def _rewritten(
         if source.genai is not None:
             check_config(genai_section(source.genai, name), GENAI_FILE, facts_of(report))
         progress(f"rewriting {name}", 0.0)
+        request = request.for_host(report) if source.carries_a_past else request
         return rewritten(source.folder / name, model, findings, request, output, progress)
     except KiviError as error:
         raise type(error)(f"{name}: {error}") from error

@@ -19,10 +19,12 @@ from typing import Any, NoReturn
 from rich.console import Console
 
 from .. import __version__
+from ..config import PRESETS
 from ..errors import KiviError
 from ..measure.plans import FULL, LEVELS, QUICK
 from ..progress import Progress
-from ..spec import BITS
+from ..spec import BITS, IO_KINDS, MAX_KV_BYTES
+from ..spec_schemes import AFFINE, K_SCHEMES, V_SCHEMES
 from . import commands
 from .progress_bar import progress_bar
 from .rewriting import NO
@@ -33,6 +35,8 @@ FAILED = 1
 BAD_INPUT = 2
 INTERRUPTED = 130
 TERMINATED = 143
+
+PRESET_HELP = "bits and schemes by name, best first"
 
 
 def _whole(least: int, most: int) -> Callable[[str], int]:
@@ -67,6 +71,11 @@ def _real(least: float, most: float) -> Callable[[str], float]:
 
 OUTPUT_HELP = "the file to write; or, for a folder, the folder, unless it ends in .onnx"
 COPY_HELP = "a folder gets weights of its own (else hard links to the original's, which onnx.load refuses to read)"
+IO_HELP = (
+    "what stands in the place of past and present: none (default of files), or stamps for hosts that carry a past "
+    "(default of folders of optimum and genai)"
+)
+KV_BYTES_HELP = "that caches may take under ghost I/O (default 0: what ONNX_KIVI_KV_BYTES says)"
 LAST_LOGITS_HELP = "add an input num_logits_to_keep, which long prompts are fed with (0, its default: all)"
 LEVEL_HELP = "full: the file as it is (default); quick: its graph with small blocks, on few tokens"
 VERIFY_HELP = "quick: the graph with small blocks, on few tokens (default); full: the file as it is; no: not at all"
@@ -80,6 +89,7 @@ FEW = _whole(1, 1024)
 CONTEXT = _whole(1, 1 << 24)
 SIZE = _whole(1, 1 << 16)
 SEED = _whole(0, (1 << 63) - 1)
+BYTES = _whole(0, MAX_KV_BYTES)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -178,6 +188,8 @@ def _rewrite(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-o", "--output", required=True, metavar="OUT", help=OUTPUT_HELP)
     _quantization(parser)
     _cross(parser)
+    parser.add_argument("--io", choices=IO_KINDS, help=IO_HELP)
+    parser.add_argument("--kv-bytes", type=BYTES, default=0, metavar="N", help=KV_BYTES_HELP)
     parser.add_argument("--partial", action="store_true", help="rewrite what matches and leave the other caches")
     parser.add_argument("--last-logits", action="store_true", help=LAST_LOGITS_HELP)
     verify = parser.add_mutually_exclusive_group()
@@ -280,9 +292,12 @@ def _tokenizer(parser: argparse.ArgumentParser) -> None:
 
 
 def _quantization(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--preset", choices=PRESETS, help=PRESET_HELP)
     parser.add_argument("--bits", type=int, metavar="N", help="of keys and values: 8 (default), 4, 2, or 32 = dense")
     parser.add_argument("--k-bits", type=int, metavar="N", help="of keys (default: --bits)")
     parser.add_argument("--v-bits", type=int, metavar="N", help="of values (default: --bits)")
+    parser.add_argument("--k-scheme", metavar="NAME", help=f"{', '.join(K_SCHEMES)} (default {AFFINE}; see SPEC.md)")
+    parser.add_argument("--v-scheme", metavar="NAME", help=f"{', '.join(V_SCHEMES)} (default {AFFINE})")
     parser.add_argument("--block-tokens", type=int, default=64, metavar="N", help="tokens sealed at once (default 64)")
     parser.add_argument("--v-group-size", type=int, default=64, metavar="N", help="channels; 0 = all (default 64)")
     parser.add_argument("--residual", type=int, default=128, metavar="N", help="recent tokens in f32 (default 128)")

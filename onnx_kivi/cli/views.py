@@ -13,14 +13,15 @@ from rich.text import Text
 
 from ..measure.batch_bench import Row as StreamsRow
 from ..measure.demo import Demo, Share
+from ..measure.divergence import KlDivergence, Uncertain
 from ..measure.host_bench import HostCost
 from ..measure.kernel_bench import KernelBench
 from ..measure.model_bench import Row
 from ..measure.perplexity import Evaluation
 from ..measure.verify import Verification
-from ..rewrite.report import Report
 from ..runtime.cache import Cache
 from .folder import RewrittenFolder
+from .rewriting import Rewritten
 
 
 def size(count: int) -> str:
@@ -67,10 +68,9 @@ def _as_is(checked: Verification) -> str | None:
     return f"compared without that; with it mean KL is {checked.as_is_kl:.1e}; {own}"
 
 
-def rewrite_view(
-    report: Report, files: Sequence[Path], checked: Verification | None, window: str | None = None
-) -> Table:
+def rewrite_view(done: Rewritten, files: Sequence[Path], window: str | None = None) -> Table:
     """Table of a rewrite into `files`, with what its window loses and its verification, if there are any."""
+    report = done.report
     families = sorted({site.family for site in report.sites})
     table = facts(
         {
@@ -78,13 +78,14 @@ def rewrite_view(
             "with its weights in": ", ".join(str(file) for file in files[1:]) or None,
             "attention sites": f"{len(report.sites)} ({', '.join(families)})",
             "left as they are": len(report.misses) or None,
-            "cache inputs and outputs removed": len(report.removed_inputs) + len(report.removed_outputs),
+            "I/O": done.io,
+            "cache inputs and outputs removed": len(done.removed_inputs) + len(done.removed_outputs),
             "window": window,
-            "verified": None if checked else "no (--no-verify)",
+            "verified": None if done.checked else "no (--no-verify)",
         },
         title="rewrite",
     )
-    return _with_verification(table, checked)
+    return _with_verification(table, done.checked)
 
 
 def folder_view(done: RewrittenFolder, output: Path, window: str | None) -> Table:
@@ -92,7 +93,7 @@ def folder_view(done: RewrittenFolder, output: Path, window: str | None) -> Tabl
     table = facts(
         {
             "written": output,
-            **{name: f"{len(model.report.sites)} attention sites" for name, model in done.models.items()},
+            **{name: _said_of(model) for name, model in done.models.items()},
             "other files": done.copied,
             "window": window,
             "verified": None if done.checked else "no (--no-verify)",
@@ -100,6 +101,11 @@ def folder_view(done: RewrittenFolder, output: Path, window: str | None) -> Tabl
         title="rewrite",
     )
     return _with_verification(table, done.checked)
+
+
+def _said_of(model: Rewritten) -> str:
+    reason = "" if model.ghost or not model.report.no_ghost else f" (ghost I/O: {model.report.no_ghost})"
+    return f"{len(model.report.sites)} attention sites; I/O: {model.io}{reason}"
 
 
 def _with_verification(table: Table, checked: Verification | None) -> Table:
@@ -125,20 +131,33 @@ def generated_view(data: Mapping[str, Any], cache: Cache) -> Table:
 
 def perplexity_view(result: Evaluation) -> Table:
     """Figures of an evaluation."""
-
-    def number(value: float | None, form: str) -> str | None:
-        return None if value is None else format(value, form)
-
+    original = None if result.reference_ppl is None else f"{result.reference_ppl:.4f}"
     return facts(
         {
             "perplexity": f"{result.ppl:.4f} over {result.tokens} tokens",
-            "perplexity of the original": number(result.reference_ppl, ".4f"),
-            "mean KL to the original": number(result.mean_kl, ".2e"),
-            "top-1 agreement": number(result.top1_agreement, ".4f"),
+            "perplexity of the original": original,
+            **(_divergence_facts(result.divergence) if result.divergence else {}),
             "tokens quantized at the end of a window": result.sealed_tokens,
         },
         title="perplexity",
     )
+
+
+def _divergence_facts(found: KlDivergence) -> dict[str, str]:
+    """Rows about a distance to the original."""
+
+    def mean(x: Uncertain, form: str) -> str:
+        return f"{x.value:{form}} \N{PLUS-MINUS SIGN} {x.error:.1e}"
+
+    percentiles = ", ".join(f"{share}% {value:.1e}" for share, value in found.kl_percentiles.items())
+    return {
+        "mean KL to the original": mean(found.kl, ".2e"),
+        "largest KL": f"{found.kl_max:.2e}",
+        "percentiles of KL": percentiles,
+        "mean change of p": mean(found.delta_p, ".2e"),
+        "rms change of p": mean(found.delta_p_rms, ".2e"),
+        "top-1 agreement": mean(found.same_top, ".4f"),
+    }
 
 
 def info_view(data: Mapping[str, Any]) -> Table:

@@ -27,8 +27,9 @@ AMessage = TypeVar("AMessage")
 class Changes:
     """What is to become of a model. `new_inputs` become inputs, one number or more, with these default initializers.
 
-    removed_nodes: indices. renamed_axes: input or output -> (axis, name), an axis whose size is no longer that of
-    others of its old name. opset: domain and version of what `new` uses beside ai.onnx.
+    removed_nodes: indices. floats_in, floats_out: float inputs without a default, and outputs, by name with their axes;
+    they may take the place of removed ones. renamed_axes: input or output -> (axis, name), an axis whose size is no
+    longer that of others of its old name. opset: domain and version of what `new` uses beside ai.onnx.
     """
 
     new: Sequence[NewPart]
@@ -36,6 +37,8 @@ class Changes:
     removed_inputs: Collection[str]
     removed_outputs: Collection[str]
     new_inputs: Mapping[str, IntArray]
+    floats_in: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    floats_out: Mapping[str, Sequence[str]] = field(default_factory=dict)
     renamed_axes: Mapping[str, tuple[int, str]] = field(default_factory=dict)
     opset: tuple[str, int]
     least_ir_version: int
@@ -53,7 +56,8 @@ class Changes:
     def gone(self, graph: Graph) -> frozenset[str]:
         """Names of the tensors that are removed and that nothing new takes the place of."""
         made = {name for i in self.removed_nodes for name in graph.nodes[i].outputs if name}
-        return frozenset({*made, *self.removed_inputs} - {name for node in self.nodes for name in node.outputs})
+        there = {*self.floats_in, *(name for node in self.nodes for name in node.outputs)}
+        return frozenset({*made, *self.removed_inputs} - there)
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +71,7 @@ class _Body:
 def apply(changes: Changes, graph: Graph, model: Model) -> None:
     """Change `model`, of which `graph` is the index. Raises UnsupportedModelError if nodes would read in a circle."""
     outputs = [o for o in model.graph.output if o.name not in changes.removed_outputs]
+    outputs += _floats(changes.floats_out)
     body = _body(changes, graph, [o.name for o in outputs])
     replace_all(model.graph.node, body.nodes)
     replace_all(model.graph.output, outputs)
@@ -105,11 +110,16 @@ def _set_inputs(changes: Changes, graph: Graph, model: Model) -> None:
         helper.make_tensor_value_info(name, onnx.TensorProto.INT64, [f"{name}s"] * default.ndim)
         for name, default in changes.new_inputs.items()
     )
-    replace_all(model.graph.input, [*(i for i in model.graph.input if i.name not in gone), *new])
+    stay = (i for i in model.graph.input if i.name not in gone)
+    replace_all(model.graph.input, [*stay, *_floats(changes.floats_in), *new])
     for info in (*model.graph.input, *model.graph.output):
         if info.name in changes.renamed_axes:
             axis, symbol = changes.renamed_axes[info.name]
             info.type.tensor_type.shape.dim[axis].dim_param = symbol
+
+
+def _floats(axes: Mapping[str, Sequence[str]]) -> list[onnx.ValueInfoProto]:
+    return [helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, symbols) for name, symbols in axes.items()]
 
 
 def _set_initializers(changes: Changes, body: _Body, model: Model) -> None:

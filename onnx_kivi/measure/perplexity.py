@@ -14,6 +14,7 @@ from ..arrays import FloatArray, IntArray
 from ..errors import ConfigError
 from ..progress import Progress, silent
 from ..run.stepper import Stepper
+from .divergence import Comparison, KlDivergence, summed_up
 
 CHUNK = 64
 
@@ -22,7 +23,8 @@ CHUNK = 64
 class Evaluation:
     """Perplexity; against a reference also its perplexity, mean KL (nats) and the share of equal top tokens.
 
-    sealed_tokens: tokens that were quantized at the end of a window, the least over windows and slots.
+    sealed_tokens: tokens that were quantized at the end of a window, the least over windows and slots. divergence: more
+    about the distance to the reference.
     """
 
     ppl: float
@@ -31,6 +33,7 @@ class Evaluation:
     top1_agreement: float | None
     tokens: int
     sealed_tokens: int
+    divergence: KlDivergence | None
 
 
 def evaluate(
@@ -51,7 +54,8 @@ def evaluate(
     if len(ids) < window:
         raise ConfigError(f"text: expected at least {window} tokens, got {len(ids)}; choose a smaller --window")
     starts = np.linspace(0, len(ids) - window, windows).astype(int)
-    loss, reference_loss, kl, same, sealed = [], [], [], [], []
+    loss, reference_loss, sealed = [], [], []
+    compared: list[Comparison] = []
     for n, start in enumerate(starts):
         progress(f"window {n + 1} of {windows}", n / windows)
         tokens = np.asarray(ids[start : start + window], np.int64)
@@ -61,15 +65,16 @@ def evaluate(
         if reference is not None:
             q = _log_probabilities(reference, tokens)
             reference_loss.append(-q[np.arange(window - 1), tokens[1:]])
-            kl.append((np.exp(q) * (q - p)).sum(-1))
-            same.append(q.argmax(-1) == p.argmax(-1))
+            compared.append(Comparison.of(p, q, tokens[1:]))
+    divergence = summed_up(compared) if compared else None
     return Evaluation(
         ppl=float(np.exp(np.mean(loss))),
         reference_ppl=float(np.exp(np.mean(reference_loss))) if reference_loss else None,
-        mean_kl=float(np.mean(kl)) if kl else None,
-        top1_agreement=float(np.mean(same)) if same else None,
+        mean_kl=divergence.kl.value if divergence else None,
+        top1_agreement=divergence.same_top.value if divergence else None,
         tokens=windows * (window - 1),
         sealed_tokens=min(sealed),
+        divergence=divergence,
     )
 
 

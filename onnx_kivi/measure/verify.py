@@ -35,7 +35,7 @@ ROUNDING = {"float": (1e-4, 1e-3), "float16": (5e-3, 2e-2), "bfloat16": (2e-2, 1
 OWN_CHANGES = 10
 # Quantization: (mean KL in nats, top-1 agreement) that a sound cache of so many bits keeps even on random weights,
 # whose logits are nearly tied; trained models stay far below (README, "What to expect").
-LIMITS = {8: (1e-3, 0.9), 4: (0.1, 0.5), 2: (1.5, 0.2)}
+LIMITS = {8: (1e-3, 0.9), 4: (0.1, 0.5), 3: (0.4, 0.3), 2: (1.5, 0.2)}
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

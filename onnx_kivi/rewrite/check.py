@@ -6,9 +6,9 @@ from collections.abc import Collection, Iterator
 
 from ..errors import UnsupportedModelError
 from ..graph import Graph, Model, Node
-from ..spec import ATTENTION_OPS, DOMAIN, STEP_OPS
+from ..spec import ATTENTION_OPS, DOMAIN, GHOST_OPS, STEP_OPS
 
-STEP, SDPA = ([f"{DOMAIN}.{name}" for name in names] for names in (STEP_OPS, ATTENTION_OPS))
+STEP, SDPA, GHOST = ([f"{DOMAIN}.{name}" for name in names] for names in (STEP_OPS, ATTENTION_OPS, GHOST_OPS))
 TICKET = -1
 REPORT = "this is an error of onnx_kivi, not of the model; nothing was written; report it with the model"
 
@@ -19,7 +19,7 @@ def check(model: Model, gone: Collection[str]) -> None:
         graph = Graph(model)
     except UnsupportedModelError as error:
         raise UnsupportedModelError(f"rewritten model: {error}; {REPORT}") from error
-    for problem in (*_removed(graph, gone), *_slots(graph), *_steps(graph)):
+    for problem in (*_removed(graph, gone), *_slots(graph), *_steps(graph), *_ghosts(graph)):
         raise UnsupportedModelError(f"rewritten model: {problem}; {REPORT}")
 
 
@@ -51,6 +51,18 @@ def _steps(graph: Graph) -> Iterator[str]:
     for node in readers:
         if node.inputs[-1] != step.outputs[TICKET]:
             yield f"{node}: expected the ticket {step.outputs[TICKET]!r}, got {node.inputs[-1]!r}"
+
+
+def _ghosts(graph: Graph) -> Iterator[str]:
+    """With ghost I/O one node opens the caches before the step, and one stamps behind it; without there are none."""
+    ghosts = _nodes(graph, GHOST)
+    if ghosts and [node.op for node in ghosts] != GHOST:
+        yield f"{', '.join(map(str, ghosts))}: expected one {GHOST[0]}, and one {GHOST[1]} behind it"
+        return
+    for step in _nodes(graph, STEP) if ghosts else ():
+        opens, stamps = ghosts
+        if [*step.inputs[: len(opens.outputs)]] != [*opens.outputs] or step.outputs[TICKET] not in stamps.inputs:
+            yield f"{step}: expected what {opens} gives, and its ticket to be read by {stamps}"
 
 
 def _nodes(graph: Graph, ops: Collection[str]) -> list[Node]:

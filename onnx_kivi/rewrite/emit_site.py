@@ -45,13 +45,11 @@ class SiteEmitter:
 
     def _attributes(self, site: Site, slot: int) -> SdpaAttributes:
         config = self._config
-        k_bits, v_bits = config.bits(site.layer)
         window, window_sinks = config.windowed(site.window, site.kind)
         return SdpaAttributes.least(
             slot=slot,
             kind=site.kind,
-            k_bits=k_bits,
-            v_bits=v_bits,
+            **config.sides(site.layer),
             block_tokens=config.block_tokens,
             v_group_size=config.v_group_size,
             residual_length=config.residual(site.kind),

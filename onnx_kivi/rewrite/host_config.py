@@ -11,11 +11,13 @@ from typing import Any
 from ..errors import ConfigError
 from ..model_config import ModelFacts
 from ..paths import read_text
+from ..spec import STAMP_CHANNELS
 from .report import Report
 
 GENAI_FILE = "genai_config.json"
 LIBRARY_OPTION = "custom_ops_library"
 SIDES = ("inputs", "outputs")
+NARROW = {"num_key_value_heads": 1, "head_size": STAMP_CHANNELS}
 
 Json = dict[str, Any]
 
@@ -45,11 +47,14 @@ def genai_section(config: Mapping[str, Any], filename: str) -> Json:
     return next((section for section in sections if section.get("filename") == filename), {})
 
 
-def adapt_genai(config: Mapping[str, Any], names: Mapping[str, Collection[str]], library: str) -> Json:
+def adapt_genai(
+    config: Mapping[str, Any], names: Mapping[str, Collection[str]], ghosts: Collection[str], library: str
+) -> Json:
     """genai_config.json of a folder in which files were rewritten.
 
-    names: the inputs and outputs of each file that was. library: where the ops are, relative to the folder. Raises
-    ConfigError for a decoder that is none of the files, as a pipeline is, and for operators of others.
+    names: the inputs and outputs of each file that was. ghosts: those of them with ghost I/O, for which genai is told
+    of caches as narrow as stamps. library: where the ops are, relative to the folder. Raises ConfigError for a decoder
+    that is none of the files, as a pipeline is, and for operators of others.
     """
     model = _model(config)
     decoder = model.get("decoder")
@@ -60,7 +65,7 @@ def adapt_genai(config: Mapping[str, Any], names: Mapping[str, Collection[str]],
             f"got {got}"
         )
     adapted = {
-        key: _section(section, names[section["filename"]], library)
+        key: _section(section, names[section["filename"]], library) | (NARROW if section["filename"] in ghosts else {})
         if isinstance(section, dict) and section.get("filename") in names
         else section
         for key, section in model.items()

@@ -10,10 +10,12 @@ from ..errors import ConfigError, UnsupportedModelError
 from ..graph import Graph, Model, copied, load, rounds_activations
 from ..paths import model_path
 from ..patterns import DecoderGraph, MissError
+from ..spec import GHOST_IO
 from .admit import admit
 from .beside import beside
 from .check import check
 from .emit import emit
+from .ghost import Carried, carried
 from .leftovers import leftovers
 from .merged import Merged, put_back, unlike, unmerged
 from .numbering import numbered
@@ -24,17 +26,19 @@ from .readable import readable
 from .report import Report
 
 SHOWN_MISSES = 3
+MERGED_GHOST = "it is a merged decoder, whose branch without a past would carry none"
 
 ModelOrPath = Model | str | os.PathLike[str]
 
 
 @dataclass(frozen=True)
 class Findings:
-    """The report, and what it rests on."""
+    """The report, and what it rests on. ghost: what ghost I/O would keep, None if the model can't have it."""
 
     decoder: DecoderGraph
     plan: Plan
     report: Report
+    ghost: Carried | None
     merged: Merged | None = None
 
 
@@ -43,8 +47,10 @@ def rewrite(model: ModelOrPath, config: KiviConfig | None = None, *, partial: bo
 
     config.cross: also the caches that no step adds to, an encoder's. Their inputs stay, with `tokens_to_store` tokens:
     a run that feeds some fills the slots, or fills them anew; one that feeds 0 tokens attends to what they hold.
-    partial: rewrite the sites that match and leave other caches as they are. Raises UnsupportedModelError naming the
-    misses if there are any (or, with `partial`, if nothing matches).
+    config.io "ghost": past and present of the first layer keep their names, and carry stamps that name the caches, so
+    that hosts which carry a past run the model. partial: rewrite the sites that match and leave other caches as they
+    are. Raises UnsupportedModelError naming the misses if there are any (or, with `partial`, if nothing matches), or
+    why a model can't have ghost I/O.
     """
     config = config or KiviConfig()
     source = None if isinstance(model, Model) else model
@@ -59,7 +65,8 @@ def carry_out(findings: Findings, model: Model, config: KiviConfig, *, partial: 
     _require(findings.report, config, partial)
     if findings.merged:
         model.CopyFrom(findings.merged.plain)
-    gone = emit(model, findings.decoder, findings.plan, findings.report, config)
+    ghost = findings.ghost if config.io == GHOST_IO else None
+    gone = emit(model, findings.decoder, findings.plan, findings.report, config, ghost)
     if findings.merged:
         put_back(findings.merged, model, findings.report.sites)
     check(model, gone)
@@ -89,8 +96,10 @@ def examine(model: Model, *, cross: bool = False, source: str | os.PathLike[str]
         return _as_it_is(graph, cross, elsewhere)
     found = _as_it_is(Graph(merged.plain), cross, elsewhere)
     differing = tuple(unlike(merged, found.report.sites, elsewhere))
-    report = replace(found.report, sites=(), misses=differing) if differing else found.report
-    return replace(found, report=report, merged=merged)
+    report = replace(found.report, no_ghost=MERGED_GHOST)
+    if differing:
+        report = replace(report, sites=(), misses=differing)
+    return replace(found, report=report, merged=merged, ghost=None)
 
 
 def _as_it_is(graph: Graph, cross: bool, elsewhere: str, merged: str = "") -> Findings:
@@ -101,14 +110,18 @@ def _as_it_is(graph: Graph, cross: bool, elsewhere: str, merged: str = "") -> Fi
     left = leftovers(decoder, sites, explained=explained, merged=merged, elsewhere=elsewhere)
     misses = (*admitted.misses, *left)
     one_length = one_length_reason(decoder, sites, partial=bool(misses))
-    report = Report(sites, misses, roughest_element(decoder, sites), rounds_activations(graph), one_length)
-    return Findings(decoder, admitted.plan, report)
+    kept = carried(decoder, sites, partial=bool(misses))
+    ghost, no_ghost = (None, kept) if isinstance(kept, str) else (kept, "")
+    report = Report(sites, misses, roughest_element(decoder, sites), rounds_activations(graph), one_length, no_ghost)
+    return Findings(decoder, admitted.plan, report, ghost)
 
 
 def _require(report: Report, config: KiviConfig, partial: bool) -> None:
     """Raise UnsupportedModelError for misses that are not accepted, ConfigError for layers that the model lacks."""
     if report.misses and not (partial and report.sites):
         raise UnsupportedModelError(_refusal(report, partial))
+    if config.io == GHOST_IO and report.no_ghost:
+        raise UnsupportedModelError(f"ghost I/O: {report.no_ghost}; rewrite with --io none")
     layers = {site.layer for site in report.sites}
     if unknown := sorted(set(config.layer_bits) - layers):
         raise ConfigError(

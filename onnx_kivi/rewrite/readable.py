@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ..errors import UnsupportedModelError
 from ..graph import Graph, Model, check_wellformed
-from ..spec import DOMAIN
+from ..spec import DOMAIN, GHOST_IO, GHOST_OPS, NO_IO
 
 OPSETS = range(11, 27)
 
@@ -19,6 +19,10 @@ def readable(model: Model) -> Graph:
         )
     check_wellformed(model)
     graph = Graph(model)
-    if any(node.op.startswith(f"{DOMAIN}.") for node in graph.nodes):
-        raise UnsupportedModelError(f"the model has {DOMAIN} nodes: it is already rewritten; start from the original")
+    ours = {node.op.removeprefix(f"{DOMAIN}.") for node in graph.nodes if node.op.startswith(f"{DOMAIN}.")}
+    if ours:
+        io = GHOST_IO if ours.intersection(GHOST_OPS) else NO_IO
+        raise UnsupportedModelError(
+            f"the model has {DOMAIN} nodes: it is already rewritten, with --io {io}; start from the original"
+        )
     return graph

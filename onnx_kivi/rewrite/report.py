@@ -19,7 +19,7 @@ class Report:
 
     element: the roughest type of its caches and of what attends to them. int8_activations: whether the model itself
     rounds activations to 8 bits as it runs. one_length: why the rows of a run must hold equally many tokens; "" if they
-    may differ.
+    may differ. no_ghost: why it can't have ghost I/O; "" if it can.
     """
 
     sites: tuple[Site, ...]
@@ -27,6 +27,7 @@ class Report:
     element: str
     int8_activations: bool = False
     one_length: str = ""
+    no_ghost: str = ""
 
     @property
     def has_cache(self) -> bool:
@@ -63,6 +64,8 @@ class Report:
             "element": self.element,
             "ragged": not self.one_length,
             "one_length": self.one_length,
+            "ghost": not self.no_ghost,
+            "no_ghost": self.no_ghost,
             "savings": savings(self._of(SELF), CONTEXTS),
             "cross_savings": savings(self._of(CROSS), ENCODER_CONTEXTS),
         }
@@ -77,14 +80,17 @@ class Report:
         lines += [_saving("cache", row) for row in savings(self._of(SELF), CONTEXTS)]
         lines += [_saving("encoder's cache", row) for row in savings(self._of(CROSS), ENCODER_CONTEXTS)]
         if self.sites:
-            lines.append(
-                f"rows of different lengths in one run: {f'no, {self.one_length}' if self.one_length else 'yes'}"
-            )
+            lines.append(f"rows of different lengths in one run: {_yes_unless(self.one_length)}")
+            lines.append(f"ghost I/O, for hosts that carry a past: {_yes_unless(self.no_ghost)}")
         lines += [f"missed {miss.node}: {miss.reason}" for miss in self.misses]
         return "\n".join(lines)
 
     def _of(self, kind: str) -> list[Site]:
         return [site for site in self.sites if site.kind == kind]
+
+
+def _yes_unless(reason: str) -> str:
+    return f"no, {reason}" if reason else "yes"
 
 
 def _row(site: Site) -> tuple[str, ...]:

@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from ..graph import Model, copied, fingerprint, set_attribute
-from ..spec import ATTENTION_OPS, DENSE_BITS, STEP_OPS
+from ..spec import ATTENTION_OPS, DENSE_BITS, GHOST_OPS, STEP_OPS
+from ..spec_schemes import AFFINE
+
+DENSE: Mapping[str, int | str] = {"bits": DENSE_BITS, "scheme": AFFINE}
 
 
 def dense(rewritten: Model) -> Model:
     """A copy that keeps its caches in float32."""
-    return _with(rewritten, {"k_bits": DENSE_BITS, "v_bits": DENSE_BITS})
+    return _with(rewritten, {f"{side}_{what}": value for side in "kv" for what, value in DENSE.items()})
 
 
 def compact(rewritten: Model, *, sinks: int, block: int) -> Model:
@@ -18,9 +21,9 @@ def compact(rewritten: Model, *, sinks: int, block: int) -> Model:
     return _with(rewritten, {"sink_length": sinks, "residual_length": 0, "block_tokens": block})
 
 
-def _with(rewritten: Model, attributes: Mapping[str, int]) -> Model:
+def _with(rewritten: Model, attributes: Mapping[str, int | str]) -> Model:
     model = copied(rewritten)
     for name, value in attributes.items():
         set_attribute(model, ATTENTION_OPS, name, value)
-    set_attribute(model, STEP_OPS, "model_id", fingerprint(model))
+    set_attribute(model, (*STEP_OPS, *GHOST_OPS), "model_id", fingerprint(model))
     return model

@@ -16,13 +16,14 @@ from ..own_nodes import read_own_nodes
 from ..paths import model_path
 from ..runtime.cache import Cache
 from ..runtime.hosts import choose, register, take_error
-from ..spec import DOMAIN, HANDLE_INPUT, NEW_LENGTH_INPUT, PAST_LENGTH_INPUT, STORED_TOKENS
+from ..spec import DOMAIN, HANDLE_INPUT, NEW_LENGTH_INPUT, PAST_LENGTH_INPUT, STAMP_CHANNELS, STORED_TOKENS
 from .generate import generate
 from .sampling import Sampling
 from .signature import ELEMENTS
 from .stepper import PREFILL_CHUNK, Stepper
 
 ERROR = 3
+NO_STAMPS = np.zeros((1, 1, 0, STAMP_CHANNELS), np.float32)
 
 
 class NotRewrittenError(UnsupportedModelError):
@@ -65,8 +66,18 @@ class Session:
                 "got one without; run onnx-kivi rewrite on it first"
             )
         self.takes_rows = NEW_LENGTH_INPUT in overridable
-        self._stored = [i for i in self._session.get_inputs() if STORED_TOKENS in i.shape]
+        self._stored = [i for i in self.get_inputs() if STORED_TOKENS in i.shape]
+        self._outputs = [o.name for o in self.get_outputs()]
+        self._ghosts = dict.fromkeys(nodes.past, NO_STAMPS)
         self.cache = self.new_cache()
+
+    def get_inputs(self) -> list[ort.NodeArg]:
+        """The inputs that a caller feeds; not the past of ghost I/O, for which a cache stands."""
+        return [i for i in self._session.get_inputs() if i.name not in self.nodes.past]
+
+    def get_outputs(self) -> list[ort.NodeArg]:
+        """The outputs that a run gives; not the present of ghost I/O."""
+        return [o for o in self._session.get_outputs() if o.name not in self.nodes.present]
 
     def new_cache(self) -> Cache:
         """An empty cache for this model; close it, or let it go out of scope, to free it."""
@@ -100,10 +111,10 @@ class Session:
         caches = self._caches(cache)
         with _locked(caches):
             handles = [c.handle for c in caches]
-            feeds = {**input_feed, **self._held(input_feed), HANDLE_INPUT: np.array(handles, np.int64)}
+            feeds = {**self._ghosts, **input_feed, **self._held(input_feed), HANDLE_INPUT: np.array(handles, np.int64)}
             results, failure = None, None
             try:
-                results = self._session.run(output_names, feeds, run_options)
+                results = self._session.run(output_names or self._outputs, feeds, run_options)
             except Exception as error:
                 failure = error
             if (refusal := take_error(self.host, handles, failure)) is not None:

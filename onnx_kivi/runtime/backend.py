@@ -8,25 +8,38 @@ below; `reference` and `quantize` are normative for the numbers.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
+
+import numpy as np
 
 from ..arrays import ByteArray, FloatArray, HalfArray
 from ..spec import SdpaAttributes, StepAttributes
 
+NO_HALVES, NO_BYTES = np.zeros(0, np.float16), np.zeros(0, np.uint8)
+"""A part that the scheme of a block has not."""
+
 
 @dataclass(frozen=True, slots=True)
 class QuantizedBlock:
-    """Codes of one sealed block and side, in the canonical layout.
+    """Codes of one sealed block and side, in the canonical layout; `parts` has the shapes of all schemes.
 
-    Keys: codes (Hkv, Dk, ceil(block_tokens * bits / 8)), lo and scale (Hkv, Dk).
-    Values: codes (Hkv, block_tokens, ceil(Dv * bits / 8)), lo and scale (Hkv, block_tokens, groups).
-    Codes are packed along the last axis, lowest bits first, each row padded to a whole byte with zeros.
+    codes are packed along the last axis, lowest bits first, each row padded to a whole byte with zeros: a row is a key
+    channel or digit over the tokens, or a value token over the channels. lo and scale are of a key channel, or of a
+    value token's group. digits: how many each key channel has, packed likewise. token and unit: the scales of tokens.
     """
 
     codes: ByteArray
     lo: HalfArray
     scale: HalfArray
+    digits: ByteArray = field(default_factory=lambda: NO_BYTES)
+    token: ByteArray = field(default_factory=lambda: NO_BYTES)
+    unit: HalfArray = field(default_factory=lambda: NO_HALVES)
+
+    @property
+    def arrays(self) -> tuple[ByteArray | HalfArray, ...]:
+        """All parts, in the order of files; one that the scheme has not is empty."""
+        return self.codes, self.lo, self.scale, self.digits, self.token, self.unit
 
 
 @dataclass(frozen=True, slots=True)

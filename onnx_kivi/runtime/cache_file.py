@@ -19,13 +19,13 @@ from typing import Any, BinaryIO
 import numpy as np
 import numpy.typing as npt
 
-from ..arrays import Array, ByteArray, FloatArray
+from ..arrays import Array, FloatArray
+from ..block_parts import Parts, key_parts, value_parts
 from ..errors import CacheError, KiviError
 from ..paths import open_regular
 from ..spec import DENSE, FORMAT_VERSIONS, FREED, SEALED, SINKS, SdpaAttributes, StepAttributes
 from ..staging import staged
 from .backend import BlockState, CacheState, DenseState, QuantizedBlock, RowState, SlotState
-from .numpy_backend.quantize import group_count, packed_size
 from .state import check_state
 
 MAGIC = b"KIVIKV"
@@ -209,7 +209,7 @@ def _row_arrays(row: RowState) -> Iterator[Array]:
     yield from (row.sinks.key, row.sinks.value)
     for block in row.blocks:
         for side in (block.key, block.value):
-            yield from (side.codes, side.lo, side.scale) if isinstance(side, QuantizedBlock) else (side,)
+            yield from side.arrays if isinstance(side, QuantizedBlock) else (side,)
     yield from (row.residual.key, row.residual.value)
 
 
@@ -221,6 +221,7 @@ def _slot(reader: _Reader, header: Mapping[str, Any], version: int) -> SlotState
 def _row(reader: _Reader, attributes: SdpaAttributes, header: Mapping[str, Any], version: int) -> RowState:
     heads, k_size, v_size = (_size(header[name]) for name in ("heads", "k_head_size", "v_head_size"))
     sinks, freed, letters, residual = _counts(header, version)
+    tokens = attributes.block_tokens
 
     def dense(tokens: int) -> DenseState:
         key = reader.array(np.float32, heads, tokens, k_size)
@@ -228,32 +229,22 @@ def _row(reader: _Reader, attributes: SdpaAttributes, header: Mapping[str, Any],
 
     first = dense(sinks)
     blocks = tuple(
-        BlockState(_key_side(reader, attributes, k, heads, k_size), _value_side(reader, attributes, v, heads, v_size))
+        BlockState(
+            _side(reader, k, (heads, tokens, k_size), key_parts(attributes, heads, k_size)),
+            _side(reader, v, (heads, tokens, v_size), value_parts(attributes, heads, v_size)),
+        )
         for k, v in zip(letters[::2], letters[1::2], strict=True)
     )
     return RowState(first, freed, blocks, dense(residual))
 
 
-def _key_side(reader: _Reader, attributes: SdpaAttributes, letter: str, heads: int, size: int) -> BlockSide:
-    tokens = attributes.block_tokens
+def _side(reader: _Reader, letter: str, dense: tuple[int, ...], parts: Parts) -> BlockSide:
     if letter == "d":
-        return reader.array(np.float32, heads, tokens, size)
-    codes = reader.array(np.uint8, heads, size, packed_size(tokens, attributes.k_bits))
-    return _quantized(reader, letter, codes, (heads, size))
-
-
-def _value_side(reader: _Reader, attributes: SdpaAttributes, letter: str, heads: int, size: int) -> BlockSide:
-    tokens = attributes.block_tokens
-    if letter == "d":
-        return reader.array(np.float32, heads, tokens, size)
-    codes = reader.array(np.uint8, heads, tokens, packed_size(size, attributes.v_bits))
-    return _quantized(reader, letter, codes, (heads, tokens, group_count(size, attributes.v_group_size)))
-
-
-def _quantized(reader: _Reader, letter: str, codes: ByteArray, params: tuple[int, ...]) -> QuantizedBlock:
+        return reader.array(np.float32, *dense)
     if letter != "q":
         raise CacheError(f"expected blocks of letters q and d, got {letter!r}")
-    return QuantizedBlock(codes, reader.array(np.float16, *params), reader.array(np.float16, *params))
+    arrays = (reader.array(kind, *shape) for kind, shape in parts.values())
+    return QuantizedBlock(*arrays)
 
 
 def _size(value: object) -> int:

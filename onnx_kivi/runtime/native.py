@@ -202,4 +202,4 @@ def _row_tuple(row: RowState) -> tuple[Any, ...]:
 
 
 def _side_tuple(side: QuantizedBlock | FloatArray) -> Any:
-    return (side.codes, side.lo, side.scale) if isinstance(side, QuantizedBlock) else side
+    return side.arrays if isinstance(side, QuantizedBlock) else side

@@ -26,6 +26,8 @@ from ..arrays import FloatArray, IntArray
 from ..errors import CacheError, KiviError
 from ..spec import (
     ALL_NEW,
+    CACHE_OPEN,
+    CACHE_STAMP,
     COMMITTED_LENGTH,
     DEFAULT_HANDLE,
     DOMAIN,
@@ -43,6 +45,7 @@ from .interrupts import InterruptGuard
 from .select import get_backend
 
 MOST_PLAUSIBLE_LENGTH = 1 << 20
+NO_CACHE = -1  # a handle that no backend has: the step that is opened with it fails
 MOST_FAILURES = 4096  # a plain session's caller never takes them
 ELEMENTS = {"float": PyCustomOpDef.dt_float, "int64": PyCustomOpDef.dt_int64}
 WIRES = {"int": PyCustomOpDef.dt_int64, "string": PyCustomOpDef.dt_string}
@@ -127,6 +130,29 @@ class PythonHost:
             self._fail(handles, NO_STEP, error)
             return (self._likely_length(handles, lengths),), NO_STEP
         return past, ticket
+
+    def cache_open(
+        self,
+        cache_handle: IntArray,
+        past_length: IntArray,
+        new_shape: IntArray,
+        mask_shape: IntArray,
+        *_: FloatArray,
+        **__: str,
+    ) -> tuple[_Output, _Output]:
+        """The op CacheOpen where caches are given: they and their lengths, as they are; after an error no cache."""
+        if cache_handle.tolist() != [DEFAULT_HANDLE]:
+            return _Output(cache_handle), _Output(past_length)
+        refusal = CacheError(
+            "CacheOpen: expected a cache_handle under the Python host, which reads no stamps, got none; run the model "
+            "with onnx_kivi.Session, or with the native host"
+        )
+        self._fail([DEFAULT_HANDLE], NO_STEP, refusal)
+        return _Output(np.array([NO_CACHE], np.int64)), _Output(mask_shape[1:] - new_shape[1:])
+
+    def cache_stamp(self, *inputs: Any, **_: str) -> tuple[_Output, _Output]:
+        """The op CacheStamp where caches are given: the past as it is."""
+        return _Output(inputs[-2]), _Output(inputs[-1])
 
     def quantized_kv_sdpa(
         self,
@@ -223,6 +249,8 @@ def _declare() -> None:
         KV_CACHE_STEP_V2: HOST.kv_cache_step_v2,
         QUANTIZED_KV_SDPA: HOST.quantized_kv_sdpa,
         QUANTIZED_KV_SDPA_V2: HOST.quantized_kv_sdpa,
+        CACHE_OPEN: HOST.cache_open,
+        CACHE_STAMP: HOST.cache_stamp,
     }
     for spec, body in bodies.items():
         declare = onnx_op(

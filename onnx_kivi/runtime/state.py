@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import numpy as np
+import numpy.typing as npt
 
-from ..arrays import FloatArray
+from ..arrays import ByteArray, FloatArray, HalfArray
+from ..block_parts import Parts, key_parts, value_parts
 from ..errors import CacheError
 from ..spec import DENSE_BITS, SELF, SdpaAttributes
+from ..spec_schemes import AFFINE, DIGIT_BITS, key_scheme
 from ..spec_types import MAX_SIZE
 from .backend import BlockState, CacheState, QuantizedBlock, RowState, SlotState
-from .numpy_backend.quantize import SMALLEST_SCALE, group_count, packed_size
+from .numpy_backend.quantize import SMALLEST_SCALE, unpack
 from .numpy_backend.rows import row_length
 
 
@@ -73,24 +76,26 @@ def _check_block(
     where: str, attributes: SdpaAttributes, block: BlockState, heads: int, k_head_size: int, v_head_size: int
 ) -> None:
     size = attributes.block_tokens
-    groups = group_count(v_head_size, attributes.v_group_size)
+    digits = key_scheme(attributes.k_scheme).digits(k_head_size)
     _check_side(
         f"{where}, key block",
         block.key,
         attributes.k_bits,
-        size,
         dense=(heads, size, k_head_size),
-        codes=(heads, k_head_size, packed_size(size, attributes.k_bits)),
-        params=(heads, k_head_size),
+        parts=key_parts(attributes, heads, k_head_size),
+        count=size,
+        least=0 if digits else SMALLEST_SCALE,
     )
+    if digits and isinstance(block.key, QuantizedBlock):
+        _check_digits(f"{where}, key block", block.key, digits)
     _check_side(
         f"{where}, value block",
         block.value,
         attributes.v_bits,
-        v_head_size,
         dense=(heads, size, v_head_size),
-        codes=(heads, size, packed_size(v_head_size, attributes.v_bits)),
-        params=(heads, size, groups),
+        parts=value_parts(attributes, heads, v_head_size),
+        count=v_head_size,
+        least=SMALLEST_SCALE if attributes.v_scheme == AFFINE else 0,
     )
 
 
@@ -98,27 +103,47 @@ def _check_side(
     where: str,
     side: QuantizedBlock | FloatArray,
     bits: int,
-    count: int,
     *,
     dense: tuple[int, ...],
-    codes: tuple[int, ...],
-    params: tuple[int, ...],
+    parts: Parts,
+    count: int,
+    least: float | np.float16,
 ) -> None:
     if not isinstance(side, QuantizedBlock):
         _check_array(where, side, dense, np.float32)
         return
     if bits == DENSE_BITS:
         raise CacheError(f"{where}: expected f32, as 32 bits say, got codes")
-    _check_array(where, side.codes, codes, np.uint8)
-    _check_array(where, side.lo, params, np.float16)
-    _check_array(where, side.scale, params, np.float16)
-    if not (np.isfinite(side.lo).all() and np.isfinite(side.scale).all() and (side.scale >= SMALLEST_SCALE).all()):
-        raise CacheError(f"{where}: expected finite parameters and scales of at least {SMALLEST_SCALE}, got others")
-    if (used := count * bits % 8) and (side.codes[..., -1] >> used).any():
+    for array, (kind, shape) in zip(side.arrays, parts.values(), strict=True):
+        _check_array(where, array, shape, kind)
+    if not (np.isfinite(side.lo).all() and _are_at_least(side.scale, least)):
+        raise CacheError(f"{where}: expected finite parameters and scales of at least {float(least)}, got others")
+    if _is_written_beyond(side.codes, count * bits) or _is_written_beyond(side.digits, side.lo.shape[-1] * DIGIT_BITS):
         raise CacheError(f"{where}: expected zeros behind the last code of each row, got others")
+    if not (side.token.all() and _are_at_least(side.unit, SMALLEST_SCALE)):
+        raise CacheError(
+            f"{where}: expected token scales from 1 on and a unit of at least {SMALLEST_SCALE}, got others"
+        )
 
 
-def _check_array(where: str, array: object, shape: tuple[int, ...], dtype: type) -> None:
+def _check_digits(where: str, side: QuantizedBlock, count: int) -> None:
+    digits_HD = unpack(side.digits, DIGIT_BITS, side.scale.shape[1])
+    has_scale = np.where(digits_HD > 0, side.scale >= SMALLEST_SCALE, side.scale.view(np.uint16) == 0)
+    if (digits_HD.sum(axis=1) != count).any() or not has_scale.all():
+        raise CacheError(
+            f"{where}: expected {count} digits for each head, and scales of channels that have some, got others"
+        )
+
+
+def _are_at_least(halves: HalfArray, least: float | np.float16) -> bool:
+    return bool((np.isfinite(halves) & (halves >= least) & ~np.signbit(halves)).all())
+
+
+def _is_written_beyond(packed: ByteArray, bits: int) -> bool:
+    return packed.ndim > 1 and bits % 8 > 0 and bool((packed[..., -1] >> bits % 8).any())
+
+
+def _check_array(where: str, array: object, shape: tuple[int, ...], dtype: npt.DTypeLike) -> None:
     if not isinstance(array, np.ndarray) or array.shape != shape or array.dtype != dtype:
         got = f"{array.dtype} {array.shape}" if isinstance(array, np.ndarray) else repr(type(array))
         raise CacheError(f"{where}: expected {np.dtype(dtype)} {shape}, got {got}")

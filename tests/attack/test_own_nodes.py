@@ -10,7 +10,7 @@ import pytest
 from onnx import helper
 
 import onnx_kivi as kivi
-from hostile.edits import EDITS, attending, opening
+from hostile.edits import EDITS, GHOST_EDITS, attending, opening
 from onnx_kivi.own_nodes import read_own_nodes
 
 
@@ -26,6 +26,21 @@ def test_an_edited_model_is_refused_at_load(name: str, rewritten: Callable[[int]
         assert "\n" not in str(refusal.value)
     with pytest.raises(kivi.KiviError, match=words):
         kivi.verify(rewritten(8), tmp_path)
+
+
+@pytest.mark.parametrize("name", GHOST_EDITS)
+def test_an_edited_model_with_ghost_io_is_refused_at_load(name: str, tiny: Path) -> None:
+    edit, words = GHOST_EDITS[name]
+    model, _ = kivi.rewrite(tiny, kivi.KiviConfig(io="ghost"))
+    nodes = read_own_nodes(model.SerializeToString())
+    assert nodes is not None
+    assert nodes.io == "ghost"
+    assert nodes.past == ("past_key_values.0.key", "past_key_values.0.value")
+    assert nodes.present == ("present.0.key", "present.0.value")
+    edit(model)
+    with pytest.raises((kivi.UnsupportedModelError, kivi.SpecMismatchError), match=words) as refusal:
+        kivi.Session(model.SerializeToString())
+    assert "\n" not in str(refusal.value)
 
 
 def test_the_unedited_model_is_read_as_onnx_reads_it(rewritten: Callable[[int], Path]) -> None:

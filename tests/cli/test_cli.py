@@ -98,6 +98,19 @@ def test_rewrite_options_reach_the_nodes(tiny: Path, tmp_path: Path, run: Run) -
     assert {f["sink_length"] for f in found} == {2}
 
 
+def test_a_preset_reaches_the_nodes_and_says_its_bits(tiny: Path, tmp_path: Path, run: Run) -> None:
+    out = tmp_path / "small.onnx"
+    data = json_of(run("rewrite", tiny, "-o", out, "--preset", "smallest", "--json"))
+    assert data["verify"]["ok"]
+    assert data["verify"]["sealed_tokens"] > 0
+    assert 2 < data["bits_at_16k"] < 6
+    nodes = [n for n in onnx.load(out).graph.node if n.op_type == "QuantizedKvSdpaV2"]
+    assert {a.s for n in nodes for a in n.attribute if a.name.endswith("_scheme")} == {
+        b"digits:2+token",
+        b"symmetric+rotated",
+    }
+
+
 def test_cross_reaches_inspect_and_rewrite(tmp_path: Path, run: Run) -> None:
     source, out = MODELS["optimum/t5/decoder_with_past_model"], tmp_path / "small.onnx"
     assert [site["kind"] for site in json_of(run("inspect", source, "--json"))["sites"]] == ["self"] * 2
@@ -297,6 +310,9 @@ def test_failed_verification_writes_nothing(
     [
         (("--layer-bits", "0,77:8"), "layer_bits: expected layers that the model has, 0 to 1, got [77]"),
         (("--bit", "4"), "unrecognized arguments: --bit 4"),
+        (("--preset", "small", "--v-bits", "4"), "--preset: expected no bits and no schemes beside small, got v_bits"),
+        (("--k-scheme", "digits:2"), "k_bits: expected one of 2 with k_scheme digits:2, got 8"),
+        (("--v-scheme", "fast"), "v_scheme: expected one of affine, symmetric+rotated, got 'fast'"),
     ],
 )
 def test_rewrite_refuses_options_that_mean_nothing(

@@ -94,7 +94,8 @@ def test_a_folder_gives_a_folder_with_all_that_goes_with_the_model(source: Path,
     assert data["rewritten"] == str(tmp_path / "out")
     assert len(data["sites"]) == 2
     assert data["misses"] == []
-    assert len(data["removed_inputs"]) == len(data["removed_outputs"]) == 4
+    assert len(data["removed_inputs"]) == len(data["removed_outputs"]) == 2
+    assert [model["io"] for model in data["models"]] == ["ghost"]
     assert data["verify"]["ok"]
     assert data["verify"]["sealed_tokens"] > 0
     assert [model["file"] for model in data["models"]] == ["model.onnx"]
@@ -194,7 +195,7 @@ def test_a_decoder_without_a_past_names_the_one_beside_it(tmp_path: Path, run: R
 
 def test_genais_configuration_names_the_library_and_no_cache(genai: Path, tmp_path: Path, run: Run) -> None:
     pytest.importorskip("onnx_kivi.runtime.native", reason="nothing is compiled here", exc_type=ImportError)
-    json_of(run(genai, "-o", tmp_path / "out", *QUICK, "--json"))
+    json_of(run(genai, "-o", tmp_path / "out", "--io", "none", *QUICK, "--json"))
     moved = (tmp_path / "out").rename(tmp_path / "moved")
     config = json.loads((moved / "genai_config.json").read_text())
     decoder = config["model"]["decoder"]
@@ -205,6 +206,37 @@ def test_genais_configuration_names_the_library_and_no_cache(genai: Path, tmp_pa
     options = ort.SessionOptions()
     options.register_custom_ops_library(str(moved / "libonnx_kivi.so"))
     ort.InferenceSession(moved / "decoder.onnx", options)
+
+
+def test_genai_is_told_of_a_past_as_narrow_as_stamps(genai: Path, tmp_path: Path, run: Run) -> None:
+    pytest.importorskip("onnx_kivi.runtime.native", reason="nothing is compiled here", exc_type=ImportError)
+    data = json_of(run(genai, "-o", tmp_path / "out", *QUICK, "--json"))
+    assert [model["io"] for model in data["models"]] == ["ghost"]
+    decoder = json.loads((tmp_path / "out" / "genai_config.json").read_text())["model"]["decoder"]
+    before = json.loads((genai / "genai_config.json").read_text())["model"]["decoder"]
+    assert decoder["inputs"] == before["inputs"]
+    assert decoder["outputs"] == before["outputs"]
+    assert (decoder["num_hidden_layers"], decoder["num_key_value_heads"], decoder["head_size"]) == (2, 1, 4)
+
+
+def test_a_folder_has_ghost_io_only_if_its_host_carries_a_past_and_its_model_can(
+    source: Path, tmp_path: Path, run: Run
+) -> None:
+    for name, options, io in (("asked", ("--io", "none"), "none"), ("host", (), "ghost")):
+        assert json_of(run(source, "-o", tmp_path / name, *options, *QUICK, "--json"))["models"][0]["io"] == io
+    (source / "config.json").unlink()
+    assert json_of(run(source, "-o", tmp_path / "no host", *QUICK, "--json"))["models"][0]["io"] == "none"
+    whisper = tmp_path / "whisper"
+    whisper.mkdir()
+    shutil.copy(MODELS["optimum/t5/decoder_with_past_model"], whisper / "model.onnx")
+    (whisper / "config.json").write_text('{"is_encoder_decoder": true}')
+    code, out, _ = run(whisper, "-o", tmp_path / "can't", *QUICK)
+    assert code == 0
+    said = " ".join(out.replace("\u2502", " ").split())
+    assert "I/O: none (ghost I/O: there are no inputs input_ids and attention_mask" in said
+    code, _, err = run(whisper, "-o", tmp_path / "must", "--io", "ghost", *QUICK)
+    assert code == 2
+    assert "model.onnx: ghost I/O: there are no inputs" in refusal(err)
 
 
 def test_a_folder_gives_a_file_if_a_file_is_named(source: Path, tmp_path: Path, run: Run) -> None:

@@ -119,3 +119,48 @@ EDITS: dict[str, tuple[Edit, str]] = {
     "a node in a function": (in_a_function, "in the main graph, got a place in a subgraph or function"),
     "an operator that hides ours": (instead_of_an_operator, "no function in the domain onnx_kivi"),
 }
+
+
+def ghost(model: ModelProto, op: str) -> Any:
+    return next(n for n in model.graph.node if n.op_type == op)
+
+
+def reading(op: str, index: int, name: str) -> Edit:
+    """Have a node read another tensor as one of its inputs."""
+
+    def edit(model: ModelProto) -> None:
+        (opening(model) if op == "KvCacheStepV2" else ghost(model, op)).input[index] = name
+
+    return edit
+
+
+def without(op: str) -> Edit:
+    return lambda model: model.graph.node.remove(ghost(model, op))
+
+
+def doubled(op: str) -> Edit:
+    return lambda model: model.graph.node.append(ghost(model, op))
+
+
+# Of a model with ghost I/O.
+GHOST_EDITS: dict[str, tuple[Edit, str]] = {
+    "no stamps": (without("CacheStamp"), "expected one CacheOpen, and one CacheStamp behind it, got .'CacheOpen'."),
+    "no opening": (without("CacheOpen"), "expected one CacheOpen, and one CacheStamp behind it"),
+    "stamped twice": (doubled("CacheStamp"), "got .'CacheOpen', 'CacheStamp', 'CacheStamp'."),
+    "a step that is not told": (reading("KvCacheStepV2", 0, "cache_handle"), "to be a KvCacheStepV2 with inputs"),
+    "no handle": (reading("CacheOpen", 0, "past_length"), "expected inputs cache_handle and past_length first"),
+    "stamps of another past": (reading("CacheStamp", 4, "logits"), "expected cache_handle, the ticket of"),
+    "no ticket": (reading("CacheStamp", 1, "past_length"), "expected cache_handle, the ticket of"),
+    "another model's": (
+        given("model_id", "other", lambda m: ghost(m, "CacheOpen")),
+        "expected model_id '.*', as '.*' has, got 'other'",
+    ),
+    "a negative budget": (
+        given("kv_bytes", -1, lambda m: ghost(m, "CacheOpen")),
+        "kv_bytes: expected an integer from 0 to 1099511627776, got -1",
+    ),
+    "an unknown attribute": (
+        lambda m: ghost(m, "CacheStamp").attribute.append(helper.make_attribute("window", 1)),
+        "expected attributes model_id, kv_bytes, spec_version, got 'window'",
+    ),
+}

@@ -22,6 +22,7 @@ from onnx_kivi.runtime.backend import Backend, make_ticket
 from onnx_kivi.runtime.cache_file import load_state, save_state
 from onnx_kivi.runtime.select import get_backend
 from onnx_kivi.spec import CROSS, StepAttributes
+from onnx_kivi.spec_schemes import AFFINE, K_SCHEMES, V_BITS, V_SCHEMES, k_bits_of
 from stepping import NOTHING, assert_same, sdpa, tokens
 
 pytest.importorskip("onnx_kivi._native", reason="nothing is compiled here", exc_type=ImportError)
@@ -34,6 +35,14 @@ Pair = tuple[int, int]
 """Handles of the same cache in the NumPy store and in the native one."""
 
 K_SIZE, V_SIZE, MOST_CACHES = 5, 7, 5
+
+
+Scheme = tuple[str, int]
+
+
+def schemes(k: Scheme, v: Scheme) -> dict[str, Any]:
+    """Attributes of (scheme, bits) of keys and of values."""
+    return {"k_scheme": k[0], "k_bits": k[1], "v_scheme": v[0], "v_bits": v[1]}
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +71,8 @@ class BothStores(RuleBasedStateMachine):
         self.backends: tuple[Backend, Backend] = (get_backend("numpy"), get_backend("native"))
 
     @initialize(
-        bits=st.tuples(*[st.sampled_from([2, 4, 8, 32])] * 4),
+        k=st.tuples(*[st.sampled_from([(s, b) for s in K_SCHEMES for b in k_bits_of(s)])] * 2),
+        v=st.tuples(*[st.sampled_from([(s, b) for s in V_SCHEMES for b in V_BITS[s]])] * 2),
         block=st.integers(1, 6),
         residual=st.integers(0, 7),
         sinks=st.integers(0, 3),
@@ -74,7 +84,8 @@ class BothStores(RuleBasedStateMachine):
     )
     def configure(
         self,
-        bits: tuple[int, ...],
+        k: tuple[Scheme, Scheme],
+        v: tuple[Scheme, Scheme],
         block: int,
         residual: int,
         sinks: int,
@@ -88,9 +99,9 @@ class BothStores(RuleBasedStateMachine):
         options |= {"v_group_size": group, "spec_version": 2}
         windows = {"window": window, "evict": int(evict and window > 0), "window_sinks": sinks if window else 0}
         self.nodes = [
-            sdpa(0, k_bits=bits[0], v_bits=bits[1], is_causal=1, **options),
-            sdpa(1, k_bits=bits[2], v_bits=bits[3], **windows, **options),
-            sdpa(2, k_bits=bits[0], v_bits=bits[3], kind=CROSS, **options),
+            sdpa(0, is_causal=1, **schemes(k[0], v[0]), **options),
+            sdpa(1, **schemes(k[1], v[1]), **windows, **options),
+            sdpa(2, kind=CROSS, **schemes(k[0], v[1]), **options),
         ]
         self.model = StepAttributes(model_id="model", layers=3, one_length=strict, spec_version=2)
         self.rng = np.random.default_rng(seed)
@@ -303,8 +314,8 @@ class BothStoresAndOddNodes(BothStores):
             query = tokens(self.rng, 2, batch=rows, heads=data.draw(st.sampled_from([2, 2, 4, 3, 0])), size=k_size)
             key = tokens(self.rng, count, batch=rows, heads=heads, size=k_size)
             value = tokens(self.rng, count, batch=rows, heads=heads, size=v_size)
-            bits = data.draw(st.sampled_from([node.k_bits] * 5 + [8, 32]))
-            calls.append((replace(node, k_bits=bits), query, key, value))
+            scheme, bits = data.draw(st.sampled_from([(node.k_scheme, node.k_bits)] * 5 + [(AFFINE, 8), (AFFINE, 32)]))
+            calls.append((replace(node, k_scheme=scheme, k_bits=bits), query, key, value))
         step = replace(self.model, layers=data.draw(st.sampled_from([len(calls), 3, 3])))
 
         def call(backend: Backend, side: int) -> None:

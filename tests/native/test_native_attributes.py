@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from nodes import model
 from onnx_kivi import spec
 from onnx_kivi.errors import ConfigError, KiviError
+from onnx_kivi.spec_schemes import K_SCHEMES, V_BITS, V_SCHEMES, k_bits_of
 from stepping import sdpa
 
 _native = pytest.importorskip("onnx_kivi._native", reason="nothing is compiled here", exc_type=ImportError)
@@ -67,13 +68,18 @@ WINDOW_SINKS = {"slot": 0, "spec_version": 2, "window": 8}
         ({"evict": 1, "kind": "cross"}, "evict: expected 0 without a window over a slot that grows, got 1"),
         ({"window_sinks": -1}, "window_sinks: expected an integer from 0 to 65536, got -1"),
         ({"window_sinks": 1 << 17}, "window_sinks: expected an integer from 0 to 65536, got 131072"),
-        *(
-            ({"k_scheme": scheme}, f"got '{scheme}'; {scheme} is specified but not built")
-            for scheme in spec.K_SCHEMES[1:]
+        *(({"k_scheme": scheme, "k_bits": k_bits_of(scheme)[0]}, "taken") for scheme in K_SCHEMES),
+        *(({"v_scheme": scheme, "v_bits": V_BITS[scheme][-1]}, "taken") for scheme in V_SCHEMES),
+        ({"k_scheme": "digits:2", "k_bits": 4}, "k_bits: expected one of 2 with k_scheme digits:2, got 4"),
+        (
+            {"k_scheme": "affine+token", "k_bits": 32},
+            "k_bits: expected one of 2, 4, 8 with k_scheme affine+token, got 32",
         ),
-        ({"k_scheme": "fast"}, "k_scheme: expected one of affine, got 'fast'"),
-        ({"v_scheme": "symmetric+rotated"}, "symmetric+rotated is specified but not built yet"),
-        ({"v_scheme": spec.K_SCHEMES[1]}, "v_scheme: expected one of affine, got 'digits:2'"),
+        ({"v_scheme": "symmetric+rotated", "v_bits": 8}, "v_bits: expected one of 2, 3, 4 with v_scheme symmetric"),
+        ({"v_bits": 3}, "v_bits: expected one of 2, 4, 8, 32 with v_scheme affine, got 3"),
+        ({"k_bits": 3}, "k_bits: expected one of 2, 4, 8, 32, got 3"),
+        ({"k_scheme": "fast"}, f"k_scheme: expected one of {', '.join(K_SCHEMES)}, got 'fast'"),
+        ({"v_scheme": "digits:2"}, "v_scheme: expected one of affine, symmetric+rotated, got 'digits:2'"),
         ({"dense_element": "float16"}, "float16 is specified but not built yet"),
         ({"dense_element": "float64"}, "dense_element: expected one of float32, got 'float64'"),
         ({"kind": "latent"}, "kind: expected one of self, cross, got 'latent'; latent is specified but not built yet"),

@@ -11,7 +11,7 @@ _native = pytest.importorskip("onnx_kivi._native", reason="nothing is compiled h
 
 @pytest.mark.parametrize("version", spec_types.VERSIONS)
 def test_the_native_tables_are_those_of_the_spec(version: int) -> None:
-    def rows(attributes: type[spec.StepAttributes | spec.SdpaAttributes]) -> list[tuple[str, str, object]]:
+    def rows(attributes: type[spec_types.NodeAttributes]) -> list[tuple[str, str, object]]:
         return [(a.name, a.wire, a.default) for a in attributes.specs(version)]
 
     def native_rows(specs: list[tuple[str, str, object]]) -> list[tuple[str, str, object]]:
@@ -23,5 +23,7 @@ def test_the_native_tables_are_those_of_the_spec(version: int) -> None:
 
     assert native_rows(_native.step_attribute_specs(version)) == rows(spec.StepAttributes)
     assert native_rows(_native.sdpa_attribute_specs(version)) == rows(spec.SdpaAttributes)
+    if version >= spec.CACHE_OPEN.version:
+        assert native_rows(_native.ghost_attribute_specs(version)) == rows(spec.GhostAttributes)
     floats = [t for t in spec.QUANTIZED_KV_SDPA.inputs if t.element == "float"]
     assert _native.tensor_specs() == [(t.name, t.shape, t.optional, t.broadcast) for t in floats]

@@ -237,3 +237,37 @@ def test_what_stands_behind_the_last_code_must_be_zeros(rng: np.random.Generator
     lie = with_rows(state, replace(row, blocks=(changed_block, *row.blocks[1:])))
     assert "expected zeros behind the last code of each row" in refusal(lie)
     assert_same(state, outcome("native", state))  # type: ignore[arg-type]
+
+
+COUNT = "expected 6 digits for each head, and scales of channels that have some, got others"
+TOKENS = "expected token scales from 1 on and a unit of at least 6.103515625e-05, got others"
+
+
+@pytest.mark.parametrize(
+    ("side", "part", "at", "put", "words"),
+    [
+        ("key", "digits", (0, 0), 0xFF, COUNT),
+        ("key", "digits", (1, 1), 0xF0, "expected zeros behind the last code of each row"),
+        ("key", "scale", (0, slice(None)), 0, COUNT),
+        ("key", "token", (1, 2), 0, TOKENS),
+        ("key", "unit", (0,), np.inf, TOKENS),
+        ("key", "lo", (0, 0), np.nan, "expected finite parameters and scales of at least 0.0, got others"),
+        ("value", "scale", (0, 0, 0), -0.0, "expected finite parameters and scales of at least 0.0, got others"),
+        ("value", "codes", (0, 0, -1), 0xFF, "expected zeros behind the last code of each row"),
+    ],
+)
+def test_parts_of_a_scheme_are_what_sealing_leaves(
+    rng: np.random.Generator, side: str, part: str, at: Any, put: float, words: str
+) -> None:
+    backend = get_backend("numpy")
+    node = sdpa(k_bits=2, k_scheme="digits:2+token", v_bits=3, v_scheme="symmetric+rotated", spec_version=2)
+    state = backend.export_state(filled(backend, rng, 14, [node]))
+    assert_same(state, outcome("native", state))  # type: ignore[arg-type]
+    row = state.slots[0].rows[0]
+    block = getattr(row.blocks[1], side)
+    array = getattr(block, part).copy()
+    array[at] = put
+    blocks = (row.blocks[0], replace(row.blocks[1], **{side: replace(block, **{part: array})}), *row.blocks[2:])
+    assert words in refusal(with_rows(state, replace(row, blocks=blocks)))
+    empty = replace(row.blocks[1], **{side: replace(block, **{part: array[:0]})})
+    assert "expected" in refusal(with_rows(state, replace(row, blocks=(empty, *row.blocks[1:]))))

@@ -9,7 +9,8 @@ import pytest
 
 import onnx_kivi as kivi
 from graphs import BATCH, decoder, feeds
-from onnx_kivi.rewrite.savings import CONTEXTS, cache_bytes, original_bytes, savings
+from onnx_kivi.config import PRESETS
+from onnx_kivi.rewrite.savings import CONTEXTS, bits_of, cache_bytes, original_bytes, savings
 
 
 @pytest.mark.parametrize("bits", [32, 8, 4, 2])
@@ -25,6 +26,27 @@ def test_promised_bytes_are_held(tmp_path: Path, bits: int, residual: int, sinks
     assert (session.cache.sealed_tokens > 0) == (bits < 32 and tokens == 40)
     assert session.cache.nbytes == BATCH * (cache_bytes(report.sites, config, tokens) or 0)
     assert session.cache.dense_nbytes == BATCH * (original_bytes(report.sites, tokens) or 0)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_promised_bytes_of_presets_are_held(tmp_path: Path, preset: str) -> None:
+    config = kivi.KiviConfig.of_preset(preset, block_tokens=8, v_group_size=5, residual_length=4, sink_length=1)
+    model = decoder()
+    rewritten, report = kivi.rewrite(model, config)
+    kivi.save(rewritten, tmp_path / "out.onnx")
+    session = kivi.Session(tmp_path / "out.onnx", backend="numpy")
+    session.run(None, feeds(np.random.default_rng(0), 0, 40, model))
+    assert session.cache.sealed_tokens > 0
+    assert session.cache.nbytes == BATCH * (cache_bytes(report.sites, config, 40) or 0)
+
+
+def test_each_preset_takes_fewer_bits_than_the_one_before() -> None:
+    sites = kivi.inspect(decoder()).sites
+    bits = [bits_of(sites, kivi.KiviConfig.of_preset(name), 16384) or 0 for name in PRESETS]
+    assert bits == sorted(bits, reverse=True)
+    dense = kivi.KiviConfig(32, 32)
+    assert bits_of(sites, dense, 16384) == 32
+    assert bits_of((), dense, 16384) is None
 
 
 def test_rows_for_people() -> None:

@@ -19,6 +19,9 @@ import vectors
 from agreement import compare
 from onnx_kivi.runtime.backend import Backend, QuantizedBlock
 from onnx_kivi.runtime.numpy_backend.quantize import quantize_keys, quantize_values
+from onnx_kivi.runtime.numpy_backend.schemes import seal_keys, seal_values
+from onnx_kivi.spec import SdpaAttributes
+from onnx_kivi.spec_schemes import AFFINE, K_SCHEMES, SYMMETRIC, V_BITS, k_bits_of
 
 native = pytest.importorskip("onnx_kivi._native", reason="the native library is not built")
 
@@ -64,9 +67,18 @@ def assert_codes(side: object, expected: QuantizedBlock | None, dense: np.ndarra
         np.testing.assert_array_equal(side, dense)
         return
     assert isinstance(side, QuantizedBlock)
-    np.testing.assert_array_equal(side.codes, expected.codes)
-    np.testing.assert_array_equal(side.lo.view(np.uint16), expected.lo.view(np.uint16))
-    np.testing.assert_array_equal(side.scale.view(np.uint16), expected.scale.view(np.uint16))
+    for array, wanted in zip(side.arrays, expected.arrays, strict=True):
+        assert array.shape == wanted.shape
+        assert array.tobytes() == wanted.tobytes()
+
+
+def assert_block(backend: Backend, tokens: np.ndarray, k: tuple[str, int], v: tuple[str, int], group_size: int) -> None:
+    """Tokens as keys and as values are sealed by (scheme, bits) to what the reference makes of them."""
+    options = {"k_scheme": k[0], "k_bits": k[1], "v_scheme": v[0], "v_bits": v[1], "v_group_size": group_size}
+    node = SdpaAttributes.least(slot=0, block_tokens=tokens.shape[1], **options)
+    key, value = sealed(backend, tokens, tokens, spec_version=2, **options)
+    assert_codes(key, seal_keys(node, tokens), tokens)
+    assert_codes(value, seal_values(node, tokens), tokens)
 
 
 @pytest.mark.parametrize("bits", [2, 4, 8])
@@ -78,13 +90,25 @@ def test_codes_are_those_of_the_reference(level: Backend, name: str, bits: int) 
     assert_codes(value, quantize_values(tokens, bits, 5), tokens)
 
 
-@settings(max_examples=40, deadline=None)
+SCHEMES = [(name, bits) for name in K_SCHEMES[1:] for bits in k_bits_of(name)]
+
+
+@pytest.mark.parametrize("name", vectors.blocks() | vectors.unquantizable_blocks())
+def test_codes_of_schemes_are_those_of_the_reference(level: Backend, name: str) -> None:
+    tokens = (vectors.blocks() | vectors.unquantizable_blocks())[name]
+    for i, (scheme, bits) in enumerate(SCHEMES):
+        assert_block(level, tokens, (scheme, bits), (SYMMETRIC, V_BITS[SYMMETRIC][i % 3]), 5)
+
+
+@settings(max_examples=60, deadline=None)
 @given(data=st.data())
 def test_codes_of_any_shape_are_those_of_the_reference_on_every_level(data: st.DataObject) -> None:
     from onnx_kivi.runtime.select import get_backend
 
     heads, tokens, size = (data.draw(st.integers(1, most)) for most in (2, 70, 90))
-    bits, group = data.draw(st.sampled_from([2, 4, 8])), data.draw(st.integers(0, 40))
+    group = data.draw(st.integers(0, 40))
+    k = data.draw(st.sampled_from([*SCHEMES, *((AFFINE, bits) for bits in (2, 4, 8))]))
+    v = data.draw(st.sampled_from([(name, bits) for name, known in V_BITS.items() for bits in known if bits < 32]))
     scale = data.draw(st.sampled_from([1e-9, 1e-3, 1.0, 300.0]))
     offset = data.draw(st.sampled_from([0.0, 1.0, -400.0]))
     x = vectors.normal("any shape", heads, tokens, size) * np.float32(scale) + np.float32(offset)
@@ -92,9 +116,7 @@ def test_codes_of_any_shape_are_those_of_the_reference_on_every_level(data: st.D
     try:
         for name in LEVELS:
             native.use_isa(name)
-            key, value = sealed(get_backend("native"), x, x, k_bits=bits, v_bits=bits, v_group_size=group)
-            assert_codes(key, quantize_keys(x, bits), x)
-            assert_codes(value, quantize_values(x, bits, group), x)
+            assert_block(get_backend("native"), x, k, v, group)
     finally:
         native.use_isa(before)
 

@@ -17,6 +17,9 @@ from onnx_kivi.errors import ConfigError
 from onnx_kivi.runtime.backend import QuantizedBlock
 from onnx_kivi.runtime.numpy_backend import quantize
 from onnx_kivi.runtime.numpy_backend.quantize import quant_dequant
+from onnx_kivi.runtime.numpy_backend.schemes import decode_keys, decode_values
+from onnx_kivi.spec import SdpaAttributes
+from onnx_kivi.spec_schemes import packed_size
 
 Floats = npt.NDArray[np.float32]
 Doubles = npt.NDArray[np.float64]
@@ -30,6 +33,14 @@ def keys_of(block: Floats, bits: int) -> QuantizedBlock:
     side = quantize.quantize_keys(block, bits)
     assert side is not None
     return side
+
+
+def decoded_keys(side: QuantizedBlock, bits: int, tokens: int) -> Floats:
+    return decode_keys(SdpaAttributes(slot=0, k_bits=bits, block_tokens=tokens), side)
+
+
+def decoded_values(side: QuantizedBlock, bits: int, size: int, group_size: int) -> Floats:
+    return decode_values(SdpaAttributes(slot=0, v_bits=bits, v_group_size=group_size), side, size)
 
 
 def assert_half_a_step(
@@ -48,7 +59,7 @@ def test_keys_keep_half_a_step_per_channel(bits: int, block: Floats) -> None:
     side = keys_of(block, bits)
     lo, scale = side.lo[:, None, :].astype(np.float64), side.scale[:, None, :].astype(np.float64)
     assert np.all(lo <= block)
-    assert_half_a_step(block, quantize.decode_keys(side, bits, block.shape[1]), scale, lo, bits)
+    assert_half_a_step(block, decoded_keys(side, bits, block.shape[1]), scale, lo, bits)
 
 
 @pytest.mark.parametrize("bits", BITS)
@@ -60,7 +71,7 @@ def test_values_keep_half_a_step_per_token_and_group(bits: int, block: Floats, g
     group = np.arange(block.shape[2]) // (group_size or block.shape[2])
     lo, scale = side.lo.astype(np.float64)[..., group], side.scale.astype(np.float64)[..., group]
     assert np.all(lo <= block)
-    assert_half_a_step(block, quantize.decode_values(side, bits, block.shape[2], group_size), scale, lo, bits)
+    assert_half_a_step(block, decoded_values(side, bits, block.shape[2], group_size), scale, lo, bits)
 
 
 @pytest.mark.parametrize("name", vectors.blocks())
@@ -71,16 +82,16 @@ def test_hard_blocks_keep_half_a_step(name: str, bits: int) -> None:
     assert keys is not None
     assert values is not None
     lo, scale = keys.lo[:, None, :].astype(np.float64), keys.scale[:, None, :].astype(np.float64)
-    assert_half_a_step(block, quantize.decode_keys(keys, bits, block.shape[1]), scale, lo, bits)
+    assert_half_a_step(block, decoded_keys(keys, bits, block.shape[1]), scale, lo, bits)
     group = np.arange(block.shape[2]) // 16
     lo, scale = values.lo.astype(np.float64)[..., group], values.scale.astype(np.float64)[..., group]
-    assert_half_a_step(block, quantize.decode_values(values, bits, block.shape[2], 16), scale, lo, bits)
+    assert_half_a_step(block, decoded_values(values, bits, block.shape[2], 16), scale, lo, bits)
 
 
 def test_an_offset_costs_no_more_than_float16_parameters_must() -> None:
     """At offset 400 float16 has steps of 0.25: lo is off by less, and the range grows by no more than that."""
     block = vectors.blocks()["offset-400"]
-    decoded = quantize.decode_keys(keys_of(block, 8), 8, block.shape[1])
+    decoded = decoded_keys(keys_of(block, 8), 8, block.shape[1])
     step = (np.ptp(block, axis=1) + 0.25) / 255
     assert np.all(np.abs(decoded - block).max(axis=1) <= step / 2 * 1.01 + 400 * np.finfo(np.float32).eps)
 
@@ -111,12 +122,12 @@ def test_what_float16_cannot_hold_is_not_quantized(name: str) -> None:
 
 
 @settings(max_examples=100, deadline=None)
-@given(data=st.data(), bits=st.sampled_from(BITS))
+@given(data=st.data(), bits=st.sampled_from((*BITS, 3)))
 def test_packing_is_exact_lowest_bits_first_and_padded_with_zeros(data: st.DataObject, bits: int) -> None:
     shape = data.draw(hnp.array_shapes(min_dims=1, max_dims=3, max_side=11))
     codes = data.draw(hnp.arrays(np.uint8, shape, elements=st.integers(0, 2**bits - 1)))
     packed = quantize.pack(codes, bits)
-    assert packed.shape == (*shape[:-1], quantize.packed_size(shape[-1], bits))
+    assert packed.shape == (*shape[:-1], packed_size(shape[-1], bits))
     np.testing.assert_array_equal(oracle.codes(packed, bits, shape[-1]), codes)
     np.testing.assert_array_equal(quantize.unpack(packed, bits, shape[-1]), codes)
     spare = packed.shape[-1] * 8 - shape[-1] * bits
@@ -126,13 +137,14 @@ def test_packing_is_exact_lowest_bits_first_and_padded_with_zeros(data: st.DataO
 def test_packed_bytes_are_what_the_format_says() -> None:
     assert quantize.pack(np.array([1, 2, 3, 0, 2], np.uint8), 2).tolist() == [0b00111001, 0b10]
     assert quantize.pack(np.array([5, 10, 15], np.uint8), 4).tolist() == [0xA5, 0x0F]
+    assert quantize.pack(np.array([1, 2, 7, 4], np.uint8), 3).tolist() == [0b11010001, 0b1001]
 
 
 def test_outlier_channels_need_keys_per_channel() -> None:
     """Qwen2.5-like key biases at 4 bits: scores from per-channel keys are several times closer than from per-token."""
     keys = vectors.outlier_channels("outlier scores", 1, 64, 64)
     query = vectors.normal("outlier query", 16, 64)
-    per_channel = quantize.decode_keys(keys_of(keys, 4), 4, 64)
+    per_channel = decoded_keys(keys_of(keys, 4), 4, 64)
     per_token = quant_dequant(keys, 4, axis=-1)
     error = [np.abs(query @ (decoded[0] - keys[0]).T).mean() for decoded in (per_channel, per_token)]
     assert error[0] * 8 < error[1]

@@ -13,7 +13,7 @@ import pytest
 from goldens import CACHE_MAKERS, CACHES
 from onnx_kivi.runtime.backend import QuantizedBlock, RowState
 from onnx_kivi.runtime.cache_file import load_state
-from onnx_kivi.runtime.numpy_backend.quantize import decode_keys, decode_values
+from onnx_kivi.runtime.numpy_backend.schemes import decode_keys, decode_values
 from onnx_kivi.spec import SdpaAttributes
 
 PROGRAM = Path(__file__).parents[2] / "examples" / "read_cache.py"
@@ -25,10 +25,8 @@ def decoded(row: RowState, a: SdpaAttributes) -> tuple[np.ndarray, np.ndarray]:
     keys, values = [row.sinks.key], [row.sinks.value]
     for block in row.blocks:
         key, value, size = block.key, block.value, row.sinks.value.shape[2]
-        keys.append(decode_keys(key, a.k_bits, a.block_tokens) if isinstance(key, QuantizedBlock) else key)
-        values.append(
-            decode_values(value, a.v_bits, size, a.v_group_size) if isinstance(value, QuantizedBlock) else value
-        )
+        keys.append(decode_keys(a, key) if isinstance(key, QuantizedBlock) else key)
+        values.append(decode_values(a, value, size) if isinstance(value, QuantizedBlock) else value)
     return np.concatenate([*keys, row.residual.key], 1), np.concatenate([*values, row.residual.value], 1)
 
 

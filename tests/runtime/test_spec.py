@@ -132,9 +132,22 @@ def test_layer_bits() -> None:
     assert parse_layer_bits("0:8; 3:4/2") == {0: (8, 8), 3: (4, 2)}
     assert parse_layer_bits("") == {}
     config = KiviConfig(4, 4, layer_bits={0: (8, 8)})
-    assert (config.bits(0), config.bits(1)) == ((8, 8), (4, 4))
+    assert [(config.sides(layer)["k_bits"], config.sides(layer)["v_bits"]) for layer in (0, 1)] == [(8, 8), (4, 4)]
     with pytest.raises(ConfigError, match="k_bits: expected one of"):
         KiviConfig(layer_bits={0: (7, 8)})
+
+
+def test_a_layer_whose_bits_a_scheme_does_not_take_is_affine() -> None:
+    config = KiviConfig.of_preset("smallest", layer_bits={0: (8, 3)})
+    affine_keys = {"k_bits": 8, "k_scheme": "affine", "v_bits": 3, "v_scheme": "symmetric+rotated"}
+    assert config.sides(0) == affine_keys
+    assert config.sides(1) == affine_keys | {"k_bits": 2, "k_scheme": "digits:2+token", "v_bits": 2}
+    with pytest.raises(ConfigError, match="k_bits: expected one of 2 with k_scheme digits:3, got 8"):
+        KiviConfig(k_scheme="digits:3")
+    with pytest.raises(ConfigError, match="v_bits: expected one of 2, 4, 8, 32 with v_scheme affine, got 3"):
+        KiviConfig(layer_bits={0: (8, 3)})
+    with pytest.raises(ConfigError, match="preset: expected one of lossless, balanced, small, smallest, got 'tiny'"):
+        KiviConfig.of_preset("tiny")
 
 
 def test_the_document_is_current_and_names_every_attribute_and_limit() -> None:

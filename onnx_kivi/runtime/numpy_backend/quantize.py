@@ -32,48 +32,25 @@ def quantize_values(v_HTD: FloatArray, bits: int, group_size: int) -> QuantizedB
     return _quantize(v_HTD, bits, group_size or v_HTD.shape[2])
 
 
-def decode_keys(block: QuantizedBlock, bits: int, block_tokens: int) -> FloatArray:
-    """The block's keys as the kernel sees them: (Hkv, block_tokens, Dk) f32."""
-    codes_HDT = unpack(block.codes, bits, block_tokens)
-    k_HDT = block.lo.astype(np.float32)[..., None] + block.scale.astype(np.float32)[..., None] * codes_HDT
-    return np.ascontiguousarray(k_HDT.swapaxes(1, 2))
-
-
-def decode_values(block: QuantizedBlock, bits: int, head_size: int, group_size: int) -> FloatArray:
-    """The block's values as the kernel sees them: (Hkv, block_tokens, Dv) f32."""
-    codes_HTD = unpack(block.codes, bits, head_size)
-    group_of_D = np.arange(head_size) // (group_size or head_size)
-    lo_HTD = block.lo.astype(np.float32)[..., group_of_D]
-    return lo_HTD + block.scale.astype(np.float32)[..., group_of_D] * codes_HTD
-
-
 def pack(codes: ByteArray, bits: int) -> ByteArray:
     """Pack codes along the last axis, lowest bits first, each row padded to a whole byte with zeros."""
-    per_byte = 8 // bits
-    if padding := -codes.shape[-1] % per_byte:
-        codes = np.pad(codes, [(0, 0)] * (codes.ndim - 1) + [(0, padding)])
-    grouped = codes.reshape(*codes.shape[:-1], -1, per_byte)
-    shifts = np.arange(0, 8, bits, dtype=np.uint8)
-    packed: ByteArray = np.bitwise_or.reduce(grouped << shifts, axis=-1)
-    return packed
+    if bits == 8:
+        return codes
+    by_bit = np.unpackbits(codes[..., None], axis=-1, count=bits, bitorder="little")
+    return np.packbits(by_bit.reshape(*codes.shape[:-1], -1), axis=-1, bitorder="little")
 
 
 def unpack(packed: ByteArray, bits: int, count: int) -> FloatArray:
     """The first `count` codes of each packed row, as f32."""
     if bits == 8:
         return packed.astype(np.float32)
+    if 8 % bits:
+        by_bit = np.unpackbits(packed, axis=-1, count=count * bits, bitorder="little")
+        weights = np.float32(2) ** np.arange(bits, dtype=np.float32)
+        odd: FloatArray = by_bit.reshape(*packed.shape[:-1], count, bits) @ weights
+        return odd
     codes = np.take(_codes_of_byte(bits), packed, axis=0)
     return codes.reshape(*packed.shape[:-1], -1)[..., :count]
-
-
-def packed_size(count: int, bits: int) -> int:
-    """Bytes of `count` packed codes."""
-    return -(-count * bits // 8)
-
-
-def group_count(head_size: int, group_size: int) -> int:
-    """Value groups of one token; the last may be short."""
-    return -(-head_size // group_size) if group_size else 1
 
 
 def quant_dequant(x: npt.ArrayLike, bits: int, axis: int) -> FloatArray:
@@ -111,7 +88,7 @@ def _quantize(x: FloatArray, bits: int, group_size: int) -> QuantizedBlock | Non
         smallest = groups.min(axis=-1)
         largest = groups.max(axis=-1)
         lo = _float16_below(smallest)
-        scale = np.maximum(_float16_above((largest - lo.astype(np.float32)) / levels), SMALLEST_SCALE)
+        scale = np.maximum(float16_above((largest - lo.astype(np.float32)) / levels), SMALLEST_SCALE)
     if not (np.isfinite(lo).all() and np.isfinite(scale).all()):
         return None
     steps = groups - lo.astype(np.float32)[..., None]
@@ -126,7 +103,8 @@ def _float16_below(x: FloatArray) -> HalfArray:
     return below + np.float16(0)
 
 
-def _float16_above(x: npt.NDArray[np.floating]) -> HalfArray:
+def float16_above(x: npt.NDArray[np.floating]) -> HalfArray:
+    """float16 toward plus infinity."""
     nearest = x.astype(np.float16)
     return np.where(nearest.astype(np.float32) < x, np.nextafter(nearest, np.float16(np.inf)), nearest)
 

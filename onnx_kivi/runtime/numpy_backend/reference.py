@@ -4,7 +4,8 @@ Contract, per row: scores of the S new queries over [sinks, sealed blocks, resid
 each at its own place (freed tokens leave a gap, which the window hides); times scale, softcap, plus mask, causal and
 window, one softmax column for the head's sink logit; softmax literally in float32, finite fill values included; times
 the values. Codes are folded, never decoded: with k = lo + s c, q.k = q.lo + (q s).c, and with v = lo + s c,
-p.v = p.lo + (p s).c (KIVI, arXiv 2402.02750, quantizes as such).
+p.v = p.lo + (p s).c (KIVI, arXiv 2402.02750, quantizes as such). Where a scheme rotates, q is rotated for its keys, and
+what its values give is rotated back.
 What is not finite: a key that causality or the window hides takes no part, whatever it and its value hold. Of the
 others, a query times key that is NaN or beyond float32, of either sign, makes its row NaN; so do NaN or +inf in the
 row's mask or sink, and a row of nothing but -inf. `nan_to_zero` makes such rows zeros. (Which infinity, or NaN, a sum
@@ -25,8 +26,10 @@ import numpy.typing as npt
 
 from ...arrays import FloatArray
 from ...spec import SdpaAttributes
+from ...spec_schemes import AFFINE, key_scheme
 from ..backend import BlockState, QuantizedBlock, RowState
-from .quantize import unpack
+from .schemes import key_codes, value_codes
+from .sums import rotated
 
 TILE_TOKENS = 1024
 QUERY_TILE = 64
@@ -205,12 +208,15 @@ def _scores(attributes: SdpaAttributes, key: TileSide, q_HMD: FloatArray) -> Flo
     if k_HTD is not None:
         scores_HMT: FloatArray = np.matmul(q_HMD, k_HTD.swapaxes(1, 2))
         return scores_HMT
-    packed_nHDx = np.stack([block.codes for block in blocks])
-    lo_nHD = np.stack([block.lo for block in blocks]).astype(np.float32)
-    scale_nHD = np.stack([block.scale for block in blocks]).astype(np.float32)
-    codes_nHDt = unpack(packed_nHDx, attributes.k_bits, attributes.block_tokens)
-    scores_nHMt: FloatArray = np.matmul(q_HMD * scale_nHD[:, :, None, :], codes_nHDt)
+    read = [key_codes(attributes, block) for block in blocks]
+    if key_scheme(attributes.k_scheme).rotated:
+        q_HMD = rotated(q_HMD)
+    lo_nHD, scale_nHD = np.stack([r.lo for r in read]), np.stack([r.scale for r in read])
+    scores_nHMt: FloatArray = np.matmul(q_HMD * scale_nHD[:, :, None, :], np.stack([r.codes for r in read]))
     scores_nHMt += np.matmul(q_HMD, lo_nHD[..., None])
+    tokens = [r.token for r in read if r.token is not None]
+    if tokens:
+        scores_nHMt *= np.stack(tokens)[:, :, None, :]
     return np.moveaxis(scores_nHMt, 0, 2).reshape(*q_HMD.shape[:2], -1)
 
 
@@ -221,16 +227,16 @@ def _mix(
     blocks, v_HTD = _split(value)
     if v_HTD is not None:
         return _mix_dense(p_HMT, v_HTD, hidden_ST)
-    packed_HTx = np.concatenate([block.codes for block in blocks], axis=1)
-    lo_HTg = np.concatenate([block.lo for block in blocks], axis=1).astype(np.float32)
-    scale_HTg = np.concatenate([block.scale for block in blocks], axis=1).astype(np.float32)
-    codes_HTD = unpack(packed_HTx, attributes.v_bits, v_head_size)
+    read = [value_codes(attributes, block, v_head_size) for block in blocks]
+    lo_HTg = np.concatenate([r.lo for r in read], axis=1)
+    scale_HTg = np.concatenate([r.scale for r in read], axis=1)
+    codes_HTD = np.concatenate([r.codes for r in read], axis=1)
     size = attributes.v_group_size or v_head_size
     mixed_HMD: FloatArray = np.matmul(p_HMT, lo_HTg)[..., np.arange(v_head_size) // size]
     for g, start in enumerate(range(0, v_head_size, size)):
         channels = slice(start, start + size)
         mixed_HMD[..., channels] += np.matmul(p_HMT * scale_HTg[:, None, :, g], codes_HTD[..., channels])
-    return mixed_HMD
+    return mixed_HMD if attributes.v_scheme == AFFINE else rotated(mixed_HMD)
 
 
 def _mix_dense(p_HMT: FloatArray, v_HTD: FloatArray, hidden_ST: Mask) -> FloatArray:

@@ -17,7 +17,7 @@ import numpy as np
 from ...arrays import FloatArray
 from ...spec import DENSE_BITS, SdpaAttributes
 from ..backend import BlockState, DenseState, QuantizedBlock, RowState
-from .quantize import decode_keys, decode_values, quantize_keys, quantize_values
+from .schemes import decode_keys, decode_values, seal_keys, seal_values
 
 
 def empty_row(heads: int, k_head_size: int, v_head_size: int) -> RowState:
@@ -76,9 +76,9 @@ def decode(block: BlockState, attributes: SdpaAttributes, v_head_size: int) -> t
     """(keys, values) of a block as the kernel sees them, each (Hkv, block_tokens, D) f32."""
     key, value = block.key, block.value
     if isinstance(key, QuantizedBlock):
-        key = decode_keys(key, attributes.k_bits, attributes.block_tokens)
+        key = decode_keys(attributes, key)
     if isinstance(value, QuantizedBlock):
-        value = decode_values(value, attributes.v_bits, v_head_size, attributes.v_group_size)
+        value = decode_values(attributes, value, v_head_size)
     return key, value
 
 
@@ -99,12 +99,7 @@ def pieces(row: RowState) -> list[tuple[object, int]]:
 
 
 def _seal(attributes: SdpaAttributes, tokens: DenseState) -> BlockState:
-    key = None if attributes.k_bits == DENSE_BITS else quantize_keys(tokens.key, attributes.k_bits)
-    value = (
-        None
-        if attributes.v_bits == DENSE_BITS
-        else quantize_values(tokens.value, attributes.v_bits, attributes.v_group_size)
-    )
+    key, value = seal_keys(attributes, tokens.key), seal_values(attributes, tokens.value)
     return BlockState(key or tokens.key.copy(), value or tokens.value.copy())
 
 

@@ -49,6 +49,16 @@ struct Sizes {
     int64_t heads, key, value;
 };
 
+void set_schemes(fuzz::Input& input, RowOptions& options) {
+    const char* const k_schemes[] = {"affine", "affine+token", "affine+token+rotated"};
+    const char* const digits[] = {"digits:2", "digits:2.25+token", "digits:2.5+token", "digits:3"};
+    if (options.k_bits != DENSE_BITS) options.k_scheme = k_schemes[input.below(3)];
+    if (options.k_bits == 2 && input.below(2)) options.k_scheme = digits[input.below(4)];
+    if (options.v_bits > 4 || input.below(2)) return;
+    options.v_scheme = "symmetric+rotated";
+    options.v_bits = 2 + input.below(3);
+}
+
 SdpaAttributes attributes_of(fuzz::Input& input, int64_t slot) {
     constexpr int64_t bits[] = {2, 4, 8, 32};
     SdpaAttributes a;
@@ -56,6 +66,7 @@ SdpaAttributes attributes_of(fuzz::Input& input, int64_t slot) {
     a.row.kind = input.below(4) == 0 ? "cross" : "self";
     a.row.k_bits = bits[input.below(4)];
     a.row.v_bits = bits[input.below(4)];
+    set_schemes(input, a.row);
     a.row.block_tokens = 1 + input.below(9);
     a.row.v_group_size = input.below(9);
     a.row.residual_length = input.below(5);
@@ -66,16 +77,24 @@ SdpaAttributes attributes_of(fuzz::Input& input, int64_t slot) {
     return a;
 }
 
+// Parts that a scheme may have: shapes, (0) where it has them not.
+struct Extras {
+    std::vector<int64_t> lo, digits{0}, token{0}, unit{0};
+};
+
 SideArrays side_of(fuzz::Input& input, Arrays& arrays, int64_t bits, std::vector<int64_t> dense, int64_t rows,
-                   int64_t columns, std::vector<int64_t> parameters) {
+                   int64_t columns, std::vector<int64_t> parameters, const Extras& extras) {
     SideArrays side;
     side.is_dense = (bits == DENSE_BITS) != (input.below(8) == 0);
     if (side.is_dense) {
         side.dense = arrays.make("float32", std::move(dense));
     } else {
         side.codes = arrays.make("uint8", {dense[0], rows, (columns * bits + 7) / 8});
-        side.lo = arrays.make("float16", parameters);
+        side.lo = arrays.make("float16", extras.lo);
         side.scale = arrays.make("float16", parameters);
+        side.digits = arrays.make("uint8", extras.digits);
+        side.token = arrays.make("uint8", extras.token);
+        side.unit = arrays.make("float16", extras.unit);
     }
     return side;
 }
@@ -92,10 +111,16 @@ RowArrays row_of(fuzz::Input& input, Arrays& arrays, const RowOptions& options, 
     const int64_t tokens = options.block_tokens;
     const int64_t group = options.v_group_size ? options.v_group_size : std::max<int64_t>(sizes.value, 1);
     for (int64_t b = 0; b < blocks; ++b) {
-        row.blocks.push_back({side_of(input, arrays, options.k_bits, {sizes.heads, tokens, sizes.key}, sizes.key,
-                                      tokens, {sizes.heads, sizes.key}),
+        const std::vector<int64_t> k_params{sizes.heads, sizes.key};
+        const std::vector<int64_t> v_params{sizes.heads, tokens, (sizes.value + group - 1) / group};
+        Extras key{k_params}, value{options.has_symmetric_values() ? std::vector<int64_t>{0} : v_params};
+        const int64_t digits = digits_of(options, sizes.key);
+        if (digits) key.digits = {sizes.heads, (sizes.key + 3) / 4};
+        if (options.has_token_scales()) key.token = {sizes.heads, tokens}, key.unit = {sizes.heads};
+        row.blocks.push_back({side_of(input, arrays, options.k_bits, {sizes.heads, tokens, sizes.key},
+                                      digits ? digits : sizes.key, tokens, k_params, key),
                               side_of(input, arrays, options.v_bits, {sizes.heads, tokens, sizes.value}, tokens,
-                                      sizes.value, {sizes.heads, tokens, (sizes.value + group - 1) / group})});
+                                      sizes.value, v_params, value)});
     }
     return row;
 }

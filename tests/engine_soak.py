@@ -57,9 +57,9 @@ class Setter:
 def soak(seconds: float, seed: int = 0) -> Counter[str]:
     """How often what happened. Raises AssertionError for a wrong token or memory that grew."""
     with tempfile.TemporaryDirectory() as name:
-        path = Path(name) / "model.onnx"
-        onnx.save(tiny_decoder(sharpness=1.4), path)
-        kivi.save(kivi.rewrite(path, CONFIG)[0], path)
+        original, path = Path(name) / "model.onnx", Path(name) / "small.onnx"
+        onnx.save(tiny_decoder(sharpness=1.4), original)
+        kivi.save(kivi.rewrite(original, CONFIG)[0], path)
         session = kivi.Session(path)
     chance = random.Random(seed)
     known = [_known(session, chance, n) for n in range(40)]
@@ -67,7 +67,7 @@ def soak(seconds: float, seed: int = 0) -> Counter[str]:
     done: Counter[str] = Counter()
     wrong: list[str] = []
     ends = time.monotonic() + seconds
-    with kivi.Engine(session, 4, 2_000_000, prefill_chunk=16) as engine:
+    with kivi.Engine(session, 4, 600_000, prefill_chunk=16) as engine:
         readers = [_Reader(engine, known, random.Random(seed + n), ends, done, wrong) for n in range(READERS)]
         for reader in readers:
             reader.start()

@@ -1,26 +1,40 @@
-"""How many bytes a cache of so many tokens holds, and whether one more fits."""
+"""How many bytes a cache of so many tokens holds."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import numpy as np
 
-from ..runtime.backend import SlotState
-from ..spec import DENSE_BITS, SELF, SdpaAttributes
+from ..runtime.backend import Backend
+from ..spec import COMMITTED_LENGTH, SdpaAttributes
 
-DENSE_BYTES = 4
-PARAMETER_BYTES = 4
-VECTOR = 16
+NOTHING = np.zeros(0, np.float32)
 
 
 class CacheSizes:
-    """Bytes of one row by its tokens. slots: of any cache of the model that holds a row.
+    """Bytes of one row by its tokens. token: of one that is not sealed; block: of a sealed one, of all slots.
 
-    Exact but for blocks that float16 can't describe, which stay float32. What a window frees is not counted, sizes are
-    padded as the native backend pads them: others hold no more.
+    attributes: of any slot, as blocks, recent tokens and sinks are the same in all. Exact but for blocks that float16
+    can't describe, which stay float32, and for windows: what they free is not counted.
     """
 
-    def __init__(self, slots: Sequence[SlotState]) -> None:
-        self._slots = [(slot.attributes, slot.rows[0].kv_heads, slot.rows[0].head_sizes) for slot in slots]
+    def __init__(self, token: int, block: int, attributes: SdpaAttributes) -> None:
+        self._token, self._block, self._attributes = token, block, attributes
+
+    @classmethod
+    def measured(cls, backend: Backend, handle: int) -> CacheSizes:
+        """Of the model that a cache of one token is of, which is filled until a block is sealed."""
+        state, token = backend.export_state(handle), backend.nbytes(handle)
+        attributes = state.slots[0].attributes
+        tokens = attributes.sink_length + attributes.residual_length + attributes.block_tokens
+        random = np.random.default_rng(0)
+        assert state.step is not None
+        _, ticket = backend.open_step(handle, COMMITTED_LENGTH, state.step)
+        for slot in state.slots:
+            row = slot.rows[0]
+            key, value = (random.standard_normal((1, row.kv_heads, tokens, n), np.float32) for n in row.head_sizes)
+            backend.attend(ticket, slot.attributes, key[:, :, :0], key, value, NOTHING, NOTHING)
+        block = backend.nbytes(handle) - token * (1 + tokens - attributes.block_tokens)
+        return cls(token, max(block, 0), attributes)
 
     def whole(self, tokens: int) -> int:
         """All bytes of a row."""
@@ -28,33 +42,13 @@ class CacheSizes:
 
     def tail(self, tokens: int) -> int:
         """Bytes of what is not sealed, which copies of different lengths do not share."""
-        return sum(
-            heads * sum(sizes) * DENSE_BYTES * (tokens - _sealed_tokens(attributes, tokens))
-            for attributes, heads, sizes in self._slots
-        )
+        return self._token * (tokens - self._blocks(tokens) * self._attributes.block_tokens)
 
     def sealed(self, tokens: int) -> int:
         """Bytes of the sealed blocks."""
-        return sum(
-            heads * _block(attributes, *sizes) * (_sealed_tokens(attributes, tokens) // attributes.block_tokens)
-            for attributes, heads, sizes in self._slots
-        )
+        return self._block * self._blocks(tokens)
 
-
-def _sealed_tokens(attributes: SdpaAttributes, tokens: int) -> int:
-    residual = attributes.residual_length if attributes.kind == SELF else 0
-    past = max(0, tokens - attributes.sink_length - residual)
-    return past // attributes.block_tokens * attributes.block_tokens
-
-
-def _block(attributes: SdpaAttributes, key_size: int, value_size: int) -> int:
-    """Bytes of one sealed block of one head."""
-    tokens = attributes.block_tokens
-    keys = key_size * (_codes(tokens, attributes.k_bits) + PARAMETER_BYTES * (attributes.k_bits < DENSE_BITS))
-    groups = -(-value_size // (attributes.v_group_size or value_size))
-    parameters = groups * PARAMETER_BYTES * (attributes.v_bits < DENSE_BITS)
-    return keys + tokens * (_codes(value_size, attributes.v_bits) + parameters)
-
-
-def _codes(count: int, bits: int) -> int:
-    return -(-count // VECTOR) * VECTOR * bits // 8
+    def _blocks(self, tokens: int) -> int:
+        """How many blocks are sealed."""
+        kept = self._attributes.sink_length + self._attributes.residual_length
+        return max(0, tokens - kept) // self._attributes.block_tokens

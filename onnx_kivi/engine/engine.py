@@ -25,6 +25,7 @@ from .scheduler import RAGGED
 from .serving import Serving
 
 LOG = logging.getLogger(__name__)
+OPEN: weakref.WeakSet[Engine] = weakref.WeakSet()
 
 
 class Decoder(Protocol):
@@ -96,7 +97,7 @@ class Engine:
         self._closed: str | None = None
         self._thread = Thread(target=self._serve, name="onnx_kivi engine", daemon=True)
         self._thread.start()
-        atexit.register(_close, weakref.ref(self))
+        OPEN.add(self)
 
     def submit(
         self,
@@ -209,9 +210,10 @@ class Engine:
             )
 
 
-def _close(reference: weakref.ref[Engine]) -> None:
-    engine = reference()
-    if engine is not None:
+@atexit.register
+def _close_all() -> None:
+    """End the steps before the interpreter does: onnxruntime must not run on while it goes."""
+    for engine in [*OPEN]:
         engine.close()
 
 

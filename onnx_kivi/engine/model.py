@@ -65,7 +65,7 @@ class BatchedModel:
         return (EQUAL, one_length) if one_length else (RAGGED, "")
 
     def _probe(self) -> CacheSizes:
-        """Run one token, to learn of heads and their sizes, and that the inputs can be filled."""
+        """Run one token, to learn what a cache takes, and that the inputs can be filled."""
         with self.new_cache() as cache:
             self.run([cache], [0], np.zeros((1, 1), np.int64))
-            return CacheSizes(self._session.backend.export_state(cache.handle).slots)
+            return CacheSizes.measured(self._session.backend, cache.handle)

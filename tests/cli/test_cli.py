@@ -14,6 +14,7 @@ import pytest
 from commands import SMALL, Run, json_of
 from onnx_kivi.cli.parser import main
 from onnx_kivi.rewrite import pipeline
+from onnx_kivi.run.session import Session
 from onnx_kivi.runtime.hosts import describe
 from zoo import MODELS
 
@@ -63,6 +64,12 @@ def test_rewrite_verifies_and_writes(tiny: Path, tmp_path: Path, run: Run) -> No
     model = onnx.load(out)
     bits = {a.i for n in model.graph.node for a in n.attribute if a.name in ("k_bits", "v_bits")}
     assert bits == {8}
+
+
+def test_rewrite_adds_the_input_for_the_last_logits(tiny: Path, tmp_path: Path, run: Run) -> None:
+    out = tmp_path / "small.onnx"
+    assert json_of(run("rewrite", tiny, "-o", out, *SMALL, "--last-logits", "--json"))["verify"]["ok"]
+    assert "num_logits_to_keep" in {i.name for i in Session(out).get_overridable_initializers()}
 
 
 def test_rewrite_examines_the_model_once(tiny: Path, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

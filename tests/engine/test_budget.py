@@ -30,6 +30,19 @@ def test_the_size_of_a_cache_is_known_before_it_is_filled(rewritten: Rewritten, 
     assert sizes.whole(100) == sizes.sealed(100) + sizes.tail(100)
 
 
+@pytest.mark.parametrize("preset", ["balanced", "small", "smallest"])
+@pytest.mark.parametrize("backend", ["native", "numpy"])
+def test_the_size_of_every_scheme_is_known(tiny: Path, tmp_path: Path, preset: str, backend: str) -> None:
+    config = kivi.KiviConfig.of_preset(preset, block_tokens=16, residual_length=8, sink_length=2)
+    kivi.save(kivi.rewrite(tiny, config)[0], tmp_path / "model.onnx")
+    session = kivi.Session(tmp_path / "model.onnx", host="python", backend=backend)
+    sizes = BatchedModel(session).sizes
+    with session.new_cache() as cache:
+        Stepper(session, cache).last(PROMPTS[:1, :150])
+        assert cache.sealed_tokens == 128
+        assert sizes.whole(150) == cache.nbytes
+
+
 def kept(session: kivi.Session, prefixes: PrefixCache, ids: np.ndarray, room: int) -> Conversation:
     """A prompt whose snapshots are kept as it is fed."""
     conversation = Conversation(ids)

@@ -78,6 +78,8 @@ def test_a_stream_says_why_it_ended_and_what_it_knew(session: kivi.Session, engi
     text = Letters().decode(expected)
     stopped = engine.submit(PROMPTS[0, :50], max_new_tokens=6, **options, stop=text[2:4])
     assert (list(stopped), stopped.reason) == (expected[: text.index(text[2:4])], "stop")
+    begun = engine.submit(PROMPTS[0, :50], max_new_tokens=6, **options, stop=f"{text[-1]}~")
+    assert (list(begun), begun.reason) == (expected, "length")
     nothing = engine.submit(PROMPTS[0, :50], max_new_tokens=0)
     assert (list(nothing), nothing.reason) == ([], "length")
     assert list(nothing) == []
@@ -90,15 +92,16 @@ def test_a_reader_that_stops_reading_holds_nobody_up(engine: kivi.Engine) -> Non
     assert len(list(unread)) == 40
 
 
-def test_a_stream_that_is_dropped_or_cancelled_ends(engine: kivi.Engine) -> None:
-    dropped, cancelled = (engine.submit(PROMPTS[b, :30], max_new_tokens=100) for b in range(2))
-    assert next(dropped) == next(engine.submit(PROMPTS[0, :30], max_new_tokens=1))
-    cancelled.cancel()
-    del dropped
-    gc.collect()
-    until(lambda: engine.stats().running == 0)
-    assert len(list(cancelled)) < 100
-    assert cancelled.reason == "cancelled"
+def test_a_stream_that_is_dropped_or_cancelled_ends(session: kivi.Session) -> None:
+    with kivi.Engine(session) as engine:
+        dropped, cancelled = (engine.submit(PROMPTS[b, :30], max_new_tokens=100_000) for b in range(2))
+        assert next(dropped) == next(engine.submit(PROMPTS[0, :30], max_new_tokens=1))
+        cancelled.cancel()
+        del dropped
+        gc.collect()
+        until(lambda: engine.stats().running == 0)
+        assert len(list(cancelled)) < 100_000
+        assert cancelled.reason == "cancelled"
 
 
 def test_an_error_of_the_model_comes_from_its_stream(

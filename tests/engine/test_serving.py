@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 import onnx_kivi as kivi
+from onnx_kivi.engine.model import BatchedModel
 from serving import CHUNK, PROMPTS, Ids, alone, answer, ask, finish, serve, watch
 from zoo import MODELS
 
@@ -41,6 +42,23 @@ def test_sampled_tokens_are_those_of_the_same_seed_alone(rewritten: Rewritten) -
     expected = [alone(session, PROMPTS[b, : 10 + b], 8, **options, seed=b) for b in range(4)]
     assert [answer(channel)[0] for channel in channels] == expected
     assert expected[0] != alone(session, PROMPTS[0, :10], 8, **options, seed=9)
+
+
+@pytest.mark.parametrize("name", ["optimum/opt", "optimum/bloom", "genai-fp32/llama"])
+def test_models_that_count_positions_by_the_mask_run_ragged(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = kivi.KiviConfig(32, 32, block_tokens=16, residual_length=8, sink_length=2)
+    kivi.save(kivi.rewrite(MODELS[name], config)[0], tmp_path / "model.onnx")
+    session = kivi.Session(tmp_path / "model.onnx")
+    prompts = [PROMPTS[b, :length] % 60 for b, length in enumerate((3, 20, 9))]
+    expected = [alone(session, ids, 8, temperature=2.0, seed=b) for b, ids in enumerate(prompts)]
+    fed = watch(session, monkeypatch, lambda _, run: run())
+    serving = serve(session)
+    channels = [ask(serving, ids, 8, temperature=2.0, seed=b) for b, ids in enumerate(prompts)]
+    finish(serving)
+    assert [answer(channel)[0] for channel in channels] == expected
+    assert (3, 1) in fed
 
 
 def test_prompts_take_turns_with_tokens_of_others(rewritten: Rewritten, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -83,6 +101,8 @@ def test_a_prompt_that_begins_alike_starts_from_the_same_bytes(rewritten: Rewrit
     common, other = PROMPTS[0, :100], np.concatenate([PROMPTS[0, :100], PROMPTS[1, :20]])
     ask(serving, np.concatenate([common, PROMPTS[2, :9]]), 1)
     finish(serving)
+    sizes = BatchedModel(session).sizes
+    assert serving.prefixes.nbytes == sizes.sealed(96) + sizes.tail(96) + sizes.tail(80) + sizes.tail(48)
     got = ask(serving, other, 9)
     expected = ask(lone, other, 9)
     while not serving.scheduler.running or serving.scheduler.running[0].is_prefilling:
@@ -161,7 +181,7 @@ def test_a_cancelled_row_is_freed_before_the_next_step(rewritten: Rewritten) -> 
 
 def test_what_does_not_fit_waits_and_nobody_overtakes(rewritten: Rewritten) -> None:
     session = kivi.Session(rewritten(8))
-    sizes = serve(session).prefixes._sizes
+    sizes = BatchedModel(session).sizes
     serving = serve(session, cache_bytes=sizes.whole(120) + sizes.whole(25))
     long, longer, short = (ask(serving, PROMPTS[b, :count], 20) for b, count in enumerate((80, 100, 5)))
     most = 0

@@ -44,6 +44,25 @@ def test_without_the_input_a_run_gives_all(tiny: Path, tmp_path: Path) -> None:
     assert "num_logits_to_keep" in {i.name for i in session.get_overridable_initializers()}
 
 
+def test_a_prompt_is_asked_for_its_last_logits_alone(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session = kivi.Session(rewritten(tiny, tmp_path))
+    whole = Stepper(session, session.new_cache()).step(IDS[:1])[:, -1]
+    stepper = Stepper(session, session.new_cache(), prefill_chunk=8)
+    shapes: list[tuple[int, ...]] = []
+    step = stepper.step
+
+    def watched(*args: Any, **more: Any) -> Any:
+        logits = step(*args, **more)
+        shapes.append(logits.shape[:2])
+        return logits
+
+    monkeypatch.setattr(stepper, "step", watched)
+    np.testing.assert_allclose(stepper.last(IDS[:1]), whole, atol=ROUNDING * float(np.ptp(whole)))
+    assert shapes == [(1, 1), (1, 1)]
+
+
 def test_a_model_that_has_the_input_gets_no_other(tiny: Path, tmp_path: Path) -> None:
     session = kivi.Session(rewritten(with_input(tiny), tmp_path))
     assert "num_logits_to_keep" not in {i.name for i in session.get_overridable_initializers()}

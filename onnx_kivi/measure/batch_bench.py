@@ -22,7 +22,7 @@ from ..errors import ConfigError
 from ..progress import Progress, silent
 from ..run.session import Session, open_model, taking_turns
 from ..run.signature import Signature
-from .replay import VOCABULARY
+from .reference import VOCABULARY
 from .synthetic import synthetic_stepper
 
 BOUNDLESS = 1 << 50

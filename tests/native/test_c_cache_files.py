@@ -264,6 +264,15 @@ def test_a_header_in_other_words_is_refused(
         load(library, tmp_path / "x.kivi")
 
 
+def test_a_higher_version_than_it_takes_is_refused_as_in_python(library: ctypes.CDLL, tmp_path: Path) -> None:
+    header, _ = parts((CACHES / "empty.kivi").read_bytes())
+    del header["length"]
+    put(tmp_path / "x.kivi", with_checksum(encoded(header | {"lengths": []}), b"", 2))
+    for take in (lambda path: load(library, path), load_state):
+        with pytest.raises(CacheError, match="says it otherwise"):
+            take(tmp_path / "x.kivi")
+
+
 def test_a_prefix_that_is_not_ours_is_refused(library: ctypes.CDLL, honest: bytes, tmp_path: Path) -> None:
     path = tmp_path / "x.kivi"
     claims = {

@@ -63,7 +63,15 @@ def logits(session: kivi.Session, rows: Sequence[Array], caches: Sequence[kivi.C
     return np.asarray(session.run(["logits"], feeds, cache=caches)[0], np.float32)
 
 
-@pytest.mark.parametrize("name", [name for name in RUNNABLE if name not in ONE_LENGTH and "encoder" not in name])
+ALONE = [
+    name
+    for name in RUNNABLE
+    # Dynamic quantization rounds all rows of a product by one scale: a row's neighbours change it, in the original too.
+    if name not in ONE_LENGTH and "encoder" not in name and not name.startswith("ort-dynamic-int8")
+]
+
+
+@pytest.mark.parametrize("name", ALONE)
 def test_each_row_is_as_if_it_ran_alone(name: str, tmp_path: Path) -> None:
     session = kivi.Session(rewritten(name, tmp_path, SMALL))
     if {i.name for i in session.get_inputs()} - {"input_ids", "attention_mask", "position_ids"}:

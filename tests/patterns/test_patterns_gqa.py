@@ -312,6 +312,7 @@ def test_verify_gives_a_window_sized_buffer_its_room(tmp_path: Path) -> None:
 QUANTIZED = {"past_key": "int8[B,2,P,16] past_0_key", "past_value": "int8[B,2,P,16] past_0_value"}
 NEAR_MISSES: dict[str, tuple[dict[str, Any], str]] = {
     "not causal": ({"attributes": ", causal=0"}, "causal=0"),
+    "a window of no token": ({"attributes": ", local_window_size=0"}, "local_window_size: expected -1 or at least 1"),
     "a flag that is neither 0 nor 1": (
         {"attributes": ", do_rotary=-1", "inputs": ROTARY, "tail": ", cos, sin"},
         "do_rotary': expected 0 or 1, got -1",

@@ -35,6 +35,7 @@ PADDING_MOVED = "padding_must_follow_the_prompt_and_stay_there"
 BEYOND_TABLE = "positions_must_lie_within_the_rotary_table"
 PADDED_ROWS = "rows_must_be_of_one_length"
 LOWEST = -3.4028234663852886e38
+NO_WINDOW = -1
 
 
 def match(decoder: DecoderGraph, node: Node) -> Match | None:
@@ -47,7 +48,7 @@ def match(decoder: DecoderGraph, node: Node) -> Match | None:
         raise MissError("causal=0: expected new tokens to see those before them only")
     q_heads, kv_heads = node.count("num_heads"), node.count("kv_num_heads")
     head_size = _head_size(decoder, node, keys, q_heads, kv_heads)
-    window = max(node.whole("local_window_size", -1), 0)
+    window = _window(node)
     prologue = Prologue(decoder.graph)
     query, key, value = _operands(decoder, prologue, node, head_size)
     sink = _sink(prologue, node, q_heads)
@@ -73,6 +74,14 @@ def match(decoder: DecoderGraph, node: Node) -> Match | None:
         capacity=window if node.flag("sliding_window_cache") else 0,
         pads_right=True,
     )
+
+
+def _window(node: Node) -> int:
+    """Tokens that a query sees, itself among them; 0 = all."""
+    window = node.whole("local_window_size", NO_WINDOW)
+    if window != NO_WINDOW and window < 1:
+        raise MissError(f"local_window_size: expected {NO_WINDOW} or at least 1, got {window}")
+    return max(window, 0)
 
 
 def _sink(prologue: Prologue, node: Node, q_heads: int) -> str:

@@ -21,7 +21,7 @@ def read(path: str | Path) -> tuple[dict[str, Any], list[list[tuple[Array, Array
     """The header, and per slot and row the keys and values, (heads, tokens, channels) f32."""
     data = Path(path).read_bytes()
     magic, version, size = struct.unpack_from("<6sHQ", data)
-    assert (magic, version) == (b"KIVIKV", 1), "another format, or another version of it"
+    assert (magic, version) in ((b"KIVIKV", 1), (b"KIVIKV", 2)), "another format, or another version of it"
     assert hashlib.sha256(data[:-32]).digest() == data[-32:], "damaged"
     header, position = json.loads(data[16 : 16 + size]), 16 + size
 
@@ -49,10 +49,14 @@ def read(path: str | Path) -> tuple[dict[str, Any], list[list[tuple[Array, Array
 
     def row(a: dict[str, Any], r: dict[str, Any]) -> tuple[Array, Array]:
         h, dk, dv, t = r["heads"], r["k_head_size"], r["v_head_size"], a["block_tokens"]
-        parts = [(array("<f4", h, r["sinks"], dk), array("<f4", h, r["sinks"], dv))]
-        for k, v in zip(r["blocks"][::2], r["blocks"][1::2], strict=True):
+        assert {a.get("k_scheme", "affine"), a.get("v_scheme", "affine")} == {"affine"}, "another scheme"
+        held = dict(r["segments"]) if version > 1 else {**r, "sealed": r["blocks"], "dense": r["residual"]}
+        sinks, freed, sealed, rest = (held.get(tag, 0) for tag in ("sinks", "freed", "sealed", "dense"))
+        parts = [(array("<f4", h, sinks, dk), array("<f4", h, sinks, dv))]
+        parts.append((np.full((h, freed, dk), np.nan), np.full((h, freed, dv), np.nan)))  # what a window hides
+        for k, v in zip((sealed or "")[::2], (sealed or "")[1::2], strict=True):
             parts.append((block(k, a["k_bits"], h, t, dk), block(v, a["v_bits"], h, t, dv, a["v_group_size"])))
-        parts.append((array("<f4", h, r["residual"], dk), array("<f4", h, r["residual"], dv)))
+        parts.append((array("<f4", h, rest, dk), array("<f4", h, rest, dv)))
         return np.concatenate([k for k, _ in parts], 1), np.concatenate([v for _, v in parts], 1)
 
     return header, [[row(slot["attributes"], r) for r in slot["rows"]] for slot in header["slots"]]

@@ -12,7 +12,7 @@ from typing import Any
 
 from ..graph import NewConstant, NewNode, Node
 from ..patterns import PAST_LENGTH, Added, DecoderGraph
-from .shifts import LOST, Shift, Sizes, Step, shift_of
+from .shifts import LOST, Operation, Shift, Sizes, shift_of
 from .site import Site
 
 OTHER_CACHES = "caches that were not rewritten stay beside the others, and have one length"
@@ -55,28 +55,28 @@ class _Shifts:
                 return f"{self._makers[term.tensor]} counts from the past length, for a mask that is not understood"
         return ""
 
-    def _follow(self, step: Step) -> None:
-        shifts = [self._known.get(name, 0) for name in step.inputs]
-        self._sizes.note(step, shifts)
-        for name in filter(None, step.outputs):
+    def _follow(self, operation: Operation) -> None:
+        shifts = [self._known.get(name, 0) for name in operation.inputs]
+        self._sizes.note(operation, shifts)
+        for name in filter(None, operation.outputs):
             value = self._sizes.value(name)
             alike = value is not None and len({*value}) == 1
-            shift = value[0] if alike and value else LOST if value else shift_of(self._sizes, step, shifts)
+            shift = value[0] if alike and value else LOST if value else shift_of(self._sizes, operation, shifts)
             if shift != 0:
                 self._known[name] = shift
-                source = next((name for name, given in zip(step.inputs, shifts, strict=True) if given != 0), "")
-                self._makers[name] = self._makers.get(source) or f"{step.op} {step.name!r}"
+                source = next((name for name, given in zip(operation.inputs, shifts, strict=True) if given != 0), "")
+                self._makers[name] = self._makers.get(source) or f"{operation.op} {operation.name!r}"
 
 
 def _elements(constant: NewConstant) -> Sequence[Any]:
     return constant.values if isinstance(constant.values, tuple) else [constant.values]
 
 
-def _of_node(node: Node) -> Step:
-    return Step(node.op, (*node.inputs, *sorted(node.captured)), node.outputs, node.attr, node.name)
+def _of_node(node: Node) -> Operation:
+    return Operation(node.op, (*node.inputs, *sorted(node.captured)), node.outputs, node.attr, node.name)
 
 
-def _of_new(node: NewNode) -> Step:
+def _of_new(node: NewNode) -> Operation:
     attributes: Mapping[str, Any] = dict(node.attributes)
     domain = f"{node.domain}." if node.domain else ""
-    return Step(domain + node.op, node.inputs, node.outputs, attributes.get, node.name)
+    return Operation(domain + node.op, node.inputs, node.outputs, attributes.get, node.name)

@@ -31,7 +31,7 @@ EACH_ALONE = frozenset(
 
 
 @dataclass(frozen=True, slots=True)
-class Step:
+class Operation:
     """A node as the rules see it: `attr(name, default)` is its attribute."""
 
     op: str
@@ -87,13 +87,13 @@ class Sizes:
         shape = self._decoder.shapes.shape(tensor)
         return tensor in self._long if shape is None else any(self.growth(size) != 0 for size in shape)
 
-    def note(self, step: Step, shifts: Sequence[Shift]) -> None:
-        """Remember of a step's results, where their shapes are not known, that they may hold all tokens."""
-        grows = any(map(self.is_long, step.inputs)) or (step.op in MADE_FROM_SIZES and any(shifts))
-        if grows and step.op != "Shape":
-            self._long.update(step.outputs)
-        if step.op == "Concat":
-            self._columns[step.outputs[0]] = tuple(shifts)
+    def note(self, operation: Operation, shifts: Sequence[Shift]) -> None:
+        """Remember of an operation's results, where their shapes are not known, that they may hold all tokens."""
+        grows = any(map(self.is_long, operation.inputs)) or (operation.op in MADE_FROM_SIZES and any(shifts))
+        if grows and operation.op != "Shape":
+            self._long.update(operation.outputs)
+        if operation.op == "Concat":
+            self._columns[operation.outputs[0]] = tuple(shifts)
 
     def columns(self, tensor: str) -> tuple[Shift, ...]:
         """The shift of each tensor that a Concat joined to this one; () for others."""
@@ -136,85 +136,90 @@ def _total_symbols(decoder: DecoderGraph) -> set[str]:
     return {size.name for size in second.values() if size.name and size != new}
 
 
-Rule = Callable[[Sizes, Step, Sequence[Shift]], Shift]
+Rule = Callable[[Sizes, Operation, Sequence[Shift]], Shift]
 
 
-def shift_of(sizes: Sizes, step: Step, shifts: Sequence[Shift]) -> Shift:
-    """The shift of a step's results, whose inputs have these."""
-    return RULES.get(step.op, _other)(sizes, step, shifts)
+def shift_of(sizes: Sizes, operation: Operation, shifts: Sequence[Shift]) -> Shift:
+    """The shift of an operation's results, whose inputs have these."""
+    return RULES.get(operation.op, _other)(sizes, operation, shifts)
 
 
-def _other(sizes: Sizes, step: Step, shifts: Sequence[Shift]) -> Shift:
+def _other(sizes: Sizes, operation: Operation, shifts: Sequence[Shift]) -> Shift:
     """An operator that may mix what lies along an axis."""
-    return LOST if any(shifts) or any(map(sizes.is_long, step.inputs)) else 0
+    return LOST if any(shifts) or any(map(sizes.is_long, operation.inputs)) else 0
 
 
-def _moved(_: Sizes, __: Step, shifts: Sequence[Shift]) -> Shift:
+def _moved(_: Sizes, __: Operation, shifts: Sequence[Shift]) -> Shift:
     return shifts[0]
 
 
-def _compared(_: Sizes, __: Step, shifts: Sequence[Shift]) -> Shift:
+def _compared(_: Sizes, __: Operation, shifts: Sequence[Shift]) -> Shift:
     return 0 if shifts[0] == shifts[1] and isinstance(shifts[0], int) else LOST
 
 
-def _alike(sizes: Sizes, step: Step, shifts: Sequence[Shift]) -> Shift:
+def _alike(sizes: Sizes, operation: Operation, shifts: Sequence[Shift]) -> Shift:
     """A choice between tensors that shift alike, by a condition that does not; only uniform numbers may grow more."""
-    if step.op == "Concat":
-        growing = [name for name in step.inputs if sizes.axis(name, step.attr("axis", 0)) != 0]
-        if growing and not (growing == [step.inputs[0]] and sizes.is_uniform(growing[0])):
+    if operation.op == "Concat":
+        growing = [name for name in operation.inputs if sizes.axis(name, operation.attr("axis", 0)) != 0]
+        if growing and not (growing == [operation.inputs[0]] and sizes.is_uniform(growing[0])):
             return LOST
-    chosen = shifts[1:] if step.op == "Where" else shifts
-    return chosen[0] if len({*chosen}) == 1 and (step.op != "Where" or shifts[0] == 0) else LOST
+    chosen = shifts[1:] if operation.op == "Where" else shifts
+    return chosen[0] if len({*chosen}) == 1 and (operation.op != "Where" or shifts[0] == 0) else LOST
 
 
-def _each_alone(_: Sizes, __: Step, shifts: Sequence[Shift]) -> Shift:
+def _each_alone(_: Sizes, __: Operation, shifts: Sequence[Shift]) -> Shift:
     return LOST if any(shifts) else 0
 
 
-def _added(_: Sizes, step: Step, shifts: Sequence[Shift]) -> Shift:
+def _added(_: Sizes, operation: Operation, shifts: Sequence[Shift]) -> Shift:
     a, b = shifts
     if isinstance(a, int) and isinstance(b, int):
-        return a + b if step.op == "Add" else a - b
+        return a + b if operation.op == "Add" else a - b
     return LOST if LOST in shifts else SOME
 
 
-def _multiplied(sizes: Sizes, step: Step, shifts: Sequence[Shift]) -> Shift:
+def _multiplied(sizes: Sizes, operation: Operation, shifts: Sequence[Shift]) -> Shift:
     """A shift times a number is a shift; times something that is the same for all tokens it is some shift."""
     if not any(shifts):
         return 0
-    steady = next((name for name, shift in zip(step.inputs, shifts, strict=True) if shift == 0), None)
-    if steady is None or LOST in shifts or (step.op == "Div" and steady == step.inputs[0]) or sizes.is_long(steady):
+    steady = next((name for name, shift in zip(operation.inputs, shifts, strict=True) if shift == 0), None)
+    if (
+        steady is None
+        or LOST in shifts
+        or (operation.op == "Div" and steady == operation.inputs[0])
+        or sizes.is_long(steady)
+    ):
         return LOST
     (number, *more), shift = (*sizes.numbers(steady), None), next(s for s in shifts if s != 0)
-    whole = isinstance(number, int) and more == [None] and step.op == "Mul" and isinstance(shift, int)
+    whole = isinstance(number, int) and more == [None] and operation.op == "Mul" and isinstance(shift, int)
     return shift * number if whole and isinstance(shift, int) else SOME
 
 
-def _counted(sizes: Sizes, step: Step, shifts: Sequence[Shift]) -> Shift:
+def _counted(sizes: Sizes, operation: Operation, shifts: Sequence[Shift]) -> Shift:
     """Range: from P on, or along all tokens, in which a token's number grows with the place that it moves to."""
-    if sizes.numbers(step.inputs[2]) != [1]:
+    if sizes.numbers(operation.inputs[2]) != [1]:
         return LOST
     return {(0, 0): 0, (1, 1): 1, (0, 1): 1}.get((shifts[0], shifts[1]), LOST)  # type: ignore[arg-type]
 
 
-def _summed(sizes: Sizes, step: Step, shifts: Sequence[Shift]) -> Shift:
+def _summed(sizes: Sizes, operation: Operation, shifts: Sequence[Shift]) -> Shift:
     """CumSum and ReduceSum: what padding adds must be 0."""
-    if not sizes.is_long(step.inputs[0]):
+    if not sizes.is_long(operation.inputs[0]):
         return LOST if any(shifts) else 0
-    return 0 if shifts[0] == 0 and sizes.is_inputs(step.inputs[0]) else LOST
+    return 0 if shifts[0] == 0 and sizes.is_inputs(operation.inputs[0]) else LOST
 
 
-def _sliced(sizes: Sizes, step: Step, shifts: Sequence[Shift]) -> Shift:
-    if not any(shifts) and not sizes.is_long(step.inputs[0]):
+def _sliced(sizes: Sizes, operation: Operation, shifts: Sequence[Shift]) -> Shift:
+    if not any(shifts) and not sizes.is_long(operation.inputs[0]):
         return 0
-    if step.input(4) and any(number != 1 for number in sizes.numbers(step.input(4)) or [0]):
+    if operation.input(4) and any(number != 1 for number in sizes.numbers(operation.input(4)) or [0]):
         return LOST
-    starts, ends = (_Place.each(sizes, step.input(i), shifts[i]) for i in (1, 2))
-    axes = sizes.numbers(step.input(3)) or [*range(len(starts))]
+    starts, ends = (_Place.each(sizes, operation.input(i), shifts[i]) for i in (1, 2))
+    axes = sizes.numbers(operation.input(3)) or [*range(len(starts))]
     if not len(starts) == len(ends) == len(axes):
         return LOST
     for axis, start, end in zip(axes, starts, ends, strict=True):
-        long = sizes.axis(step.inputs[0], axis)
+        long = sizes.axis(operation.inputs[0], axis)
         to_end = start.shift == -1 and end.number is not None and end.is_kept(OPEN_END, None)
         if long == 0 and (start.shift, end.shift) != (0, 0) and not to_end:
             return LOST
@@ -244,32 +249,32 @@ class _Place:
         return self.number < 0 or (self.number >= least and (most is None or self.number <= most))
 
 
-def _gathered(sizes: Sizes, step: Step, shifts: Sequence[Shift]) -> Shift:
-    if len(sizes.numbers(step.inputs[0])) == 1:  # it is that element, whichever place is asked for
+def _gathered(sizes: Sizes, operation: Operation, shifts: Sequence[Shift]) -> Shift:
+    if len(sizes.numbers(operation.inputs[0])) == 1:  # it is that element, whichever place is asked for
         return shifts[0]
-    long, places = sizes.axis(step.inputs[0], step.attr("axis", 0)), sizes.numbers(step.inputs[1])
+    long, places = sizes.axis(operation.inputs[0], operation.attr("axis", 0)), sizes.numbers(operation.inputs[1])
     from_end = bool(places) and all(isinstance(place, int) and place < 0 for place in places)
     fits = (long == 1 and (shifts[1] == 1 or from_end)) or (long == 0 and shifts[1] == 0)
     return shifts[0] if fits else LOST
 
 
-def _gathered_nd(sizes: Sizes, step: Step, shifts: Sequence[Shift]) -> Shift:
+def _gathered_nd(sizes: Sizes, operation: Operation, shifts: Sequence[Shift]) -> Shift:
     """GatherND at places whose columns were joined: each must shift as its axis grows."""
-    columns = sizes.columns(step.inputs[1])
-    fits = columns and not step.attr("batch_dims", 0)
-    fits = fits and all(sizes.axis(step.inputs[0], axis) == shift for axis, shift in enumerate(columns))
-    return shifts[0] if fits else _other(sizes, step, shifts)
+    columns = sizes.columns(operation.inputs[1])
+    fits = columns and not operation.attr("batch_dims", 0)
+    fits = fits and all(sizes.axis(operation.inputs[0], axis) == shift for axis, shift in enumerate(columns))
+    return shifts[0] if fits else _other(sizes, operation, shifts)
 
 
-def _uniform(_: Sizes, __: Step, ___: Sequence[Shift]) -> Shift:
+def _uniform(_: Sizes, __: Operation, ___: Sequence[Shift]) -> Shift:
     return 0
 
 
-def _triangle(sizes: Sizes, step: Step, shifts: Sequence[Shift]) -> Shift:
+def _triangle(sizes: Sizes, operation: Operation, shifts: Sequence[Shift]) -> Shift:
     """Trilu: columns and rows must move against each other as much as the diagonal does."""
-    columns, rows = sizes.axis(step.inputs[0], -1), sizes.axis(step.inputs[0], -2)
-    known = sizes.value(step.input(1))
-    diagonal = 0 if not step.input(1) else known[0] if known else shifts[1]
+    columns, rows = sizes.axis(operation.inputs[0], -1), sizes.axis(operation.inputs[0], -2)
+    known = sizes.value(operation.input(1))
+    diagonal = 0 if not operation.input(1) else known[0] if known else shifts[1]
     numbers = (columns, rows, diagonal)
     if not all(isinstance(number, int) for number in numbers) or shifts[0] != 0:
         return LOST

@@ -129,6 +129,14 @@ class Session:
         if cache is None:
             return [self.cache]
         caches = [cache] if isinstance(cache, Cache) else list(cache)
+        for row, each in enumerate(caches):
+            if not isinstance(each, Cache):
+                raise CacheError(f"run: expected a cache or a list of caches, got {each!r} as number {row}")
+            if each.backend != self.backend.name:
+                raise CacheError(
+                    f"row {row}: cache {each.handle}: expected one of backend {self.backend.name}, as this session, "
+                    f"got one of {each.backend}; save it there and load it here"
+                )
         if not caches:
             raise CacheError("run: expected a cache, or at least one in a list, got none")
         if len(caches) > 1 and not self.takes_rows:

@@ -8,12 +8,14 @@ import weakref
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from types import TracebackType
-from typing import Self, SupportsIndex
+from typing import Self, SupportsIndex, TypeVar
 
 from ..errors import CacheError
 from ..spec_types import MAX_SIZE
 from .backend import Backend
 from .cache_file import load_state, save_state
+
+T = TypeVar("T")
 
 
 class Cache:
@@ -57,6 +59,11 @@ class Cache:
         return self._backend.nbytes(self.handle)
 
     @property
+    def backend(self) -> str:
+        """Name of the backend that holds the cache."""
+        return self._backend.name
+
+    @property
     def shared_nbytes(self) -> int:
         """Of `nbytes`, the bytes that another cache, or another row of this one, holds too."""
         return self._backend.shared_nbytes(self.handle)
@@ -66,13 +73,13 @@ class Cache:
         """Bytes that the same tokens take as float32 keys and values."""
         return self._backend.dense_nbytes(self.handle)
 
-    def crop(self, length: int | Sequence[int]) -> None:
+    def crop(self, length: int | Iterable[int]) -> None:
         """Keep the first `length` tokens of each row (of shorter rows all), or of row b the first length[b].
 
         Exact unless it cuts a sealed block, whose kept tokens stay rounded. Raises CacheError for what is no length
         from 0 to self.length, and for one whose window shows tokens that were freed.
         """
-        if isinstance(length, Sequence):
+        if isinstance(length, Iterable):
             self._backend.crop_rows(self.handle, [_int64("crop", each) for each in length])
         else:
             self._backend.crop(self.handle, _int64("crop", length))
@@ -85,9 +92,9 @@ class Cache:
         """An independent copy, which shares the sealed blocks and so costs next to nothing."""
         return Cache(self._backend, self._backend.fork(self.handle))
 
-    def select(self, rows: Sequence[int]) -> Cache:
+    def select(self, rows: Iterable[int]) -> Cache:
         """An independent copy of these rows, in this order; rows may be repeated. Raises CacheError as `reorder`."""
-        return self._gather([(self.handle, _int64("select", row)) for row in rows])
+        return self._gather([(self.handle, _int64("select", row)) for row in _each("select", rows)])
 
     def repeat(self, times: int) -> Cache:
         """An independent copy with each row `times` times in a row, as for beams. Raises CacheError."""
@@ -100,13 +107,16 @@ class Cache:
         return [self.select([row]) for row in range(len(self.lengths))]
 
     @staticmethod
-    def join(caches: Sequence[Cache]) -> Cache:
+    def join(caches: Iterable[Cache]) -> Cache:
         """An independent copy of the rows of several caches, in order, as one cache; lengths may differ.
 
         Raises CacheError for no caches, an empty one, or caches of different models or backends.
         """
+        caches = [*_each("join", caches)]
         if not caches:
             raise CacheError("join: expected at least one cache, got none")
+        if strangers := [other for other in caches if not isinstance(other, Cache)]:
+            raise CacheError(f"join: expected caches, got {strangers[0]!r}")
         others = {cache._backend.name for cache in caches}
         if len(others) > 1:
             raise CacheError(f"join: expected caches of one backend, got {', '.join(sorted(others))}")
@@ -116,14 +126,12 @@ class Cache:
     def _gather(self, rows: Sequence[tuple[int, int]]) -> Cache:
         return Cache(self._backend, self._backend.gather(rows))
 
-    def reorder(self, index: Sequence[int]) -> None:
+    def reorder(self, index: Iterable[int]) -> None:
         """Row i becomes the old row index[i] (beam search); rows may be dropped and repeated.
 
         Raises CacheError for an empty cache or a row that doesn't exist.
         """
-        if not isinstance(index, Iterable):
-            raise CacheError(f"reorder: expected a list of row numbers, got {index!r}")
-        self._backend.reorder(self.handle, [_int64("reorder", i) for i in index])
+        self._backend.reorder(self.handle, [_int64("reorder", i) for i in _each("reorder", index)])
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the cache to one file, under its final name only once complete. Raises CacheError if that fails."""
@@ -153,10 +161,18 @@ class Cache:
             return f"<Cache {self.handle} on {self._backend.name}: closed>"
 
 
+def _each(where: str, values: Iterable[T]) -> Iterable[T]:
+    """What was given, if it is a list of anything."""
+    if isinstance(values, Iterable):
+        return values
+    raise CacheError(f"{where}: expected a list, got {values!r}")
+
+
 def _int64(where: str, value: object) -> int:
     """An integer that a backend can be told."""
-    if isinstance(value, SupportsIndex) and -(1 << 63) <= value.__index__() < 1 << 63:
-        return value.__index__()
+    with suppress(TypeError):  # of an array that holds more than one number
+        if isinstance(value, SupportsIndex) and -(1 << 63) <= value.__index__() < 1 << 63:
+            return value.__index__()
     raise CacheError(f"{where}: expected an integer of 64 bits, got {value!r}")
 
 

@@ -11,6 +11,7 @@ import numpy.typing as npt
 import pytest
 
 import onnx_kivi as kivi
+from onnx_kivi.runtime.select import get_backend
 
 Opener = Callable[[Path], kivi.Session]
 Rewritten = Callable[[int], Path]
@@ -69,7 +70,7 @@ def test_rows_go_back_each_to_its_own_length(open_session: Opener, rewritten: Re
     assert [cache.length for cache in caches] == [62, 7, 22]
 
 
-def bad_lists(session: kivi.Session, caches: list[kivi.Cache]) -> list[tuple[list[kivi.Cache], str]]:
+def bad_lists(session: kivi.Session, caches: list[kivi.Cache]) -> list[tuple[Any, str]]:
     closed = session.new_cache()
     closed.close()
     a, b, _ = caches
@@ -79,7 +80,21 @@ def bad_lists(session: kivi.Session, caches: list[kivi.Cache]) -> list[tuple[lis
         ([a, a], "row 1: cache .* a cache of its own for each row"),
         ([a, closed], "closed"),
         ([a, wide], "row 1: cache .*: expected a cache of one row"),
+        ([a, 3], "expected a cache or a list of caches, got 3 as number 1"),
+        ("ab", "expected a cache or a list of caches, got 'a' as number 0"),
+        ([a, elsewhere(session)], "row 1: cache .*: expected one of backend"),
     ]
+
+
+def anything(value: Any) -> Any:
+    """The value, of a type that nobody checks before the run."""
+    return value
+
+
+def elsewhere(session: kivi.Session) -> kivi.Cache:
+    """An empty cache of another backend."""
+    other = get_backend("numpy" if session.backend.name == "native" else "native")
+    return kivi.Cache(other, other.new_cache())
 
 
 def test_bad_lists_change_nothing(open_session: Opener, rewritten: Rewritten) -> None:
@@ -91,6 +106,28 @@ def test_bad_lists_change_nothing(open_session: Opener, rewritten: Rewritten) ->
         with pytest.raises(kivi.CacheError, match=message):
             session.run(None, given, cache=wrong)
     assert [cache.length for cache in caches] == [*LENGTHS]
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda cache: kivi.Cache.join([cache, anything(5)]), "join: expected caches, got 5"),
+        (kivi.Cache.join, "join: expected a list, got <Cache"),
+        (lambda cache: cache.select(0), "select: expected a list, got 0"),
+        (lambda cache: cache.reorder(None), "reorder: expected a list, got None"),
+        (lambda cache: cache.crop(np.array([[1]])), "crop: expected an integer of 64 bits"),
+    ],
+)
+def test_what_is_no_list_is_refused(
+    open_session: Opener, rewritten: Rewritten, call: Callable[[Any], object], message: str
+) -> None:
+    cache = filled(open_session(rewritten(8)))[0]
+    with pytest.raises(kivi.CacheError, match=message):
+        call(cache)
+    assert cache.length == LENGTHS[0]
+    assert kivi.Cache.join(each for each in (cache, cache)).lengths == (LENGTHS[0],) * 2
+    cache.crop(np.array([1]))
+    assert cache.length == 1
 
 
 @pytest.mark.parametrize(

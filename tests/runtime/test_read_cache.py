@@ -12,9 +12,11 @@ import pytest
 
 from goldens import CACHE_MAKERS, CACHES
 from onnx_kivi.runtime.backend import QuantizedBlock, RowState
-from onnx_kivi.runtime.cache_file import load_state
+from onnx_kivi.runtime.cache_file import load_state, save_state
 from onnx_kivi.runtime.numpy_backend.schemes import decode_keys, decode_values
+from onnx_kivi.runtime.select import get_backend
 from onnx_kivi.spec import SdpaAttributes
+from stepping import filled, sdpa
 
 PROGRAM = Path(__file__).parents[2] / "examples" / "read_cache.py"
 READ = runpy.run_path(str(PROGRAM))["read"]
@@ -42,6 +44,22 @@ def test_a_recorded_cache_is_read_with_numpy_alone(name: str) -> None:
             expected_key, expected_value = decoded(row, slot.attributes)
             np.testing.assert_array_equal(key, expected_key)
             np.testing.assert_array_equal(value, expected_value)
+
+
+def test_a_ragged_cache_with_a_window_is_read_too(tmp_path: Path) -> None:
+    """As version 2 of the format holds it."""
+    backend, rng = get_backend("numpy"), np.random.default_rng(0)
+    nodes = [sdpa(0, spec_version=2), sdpa(1, window=5, evict=1, spec_version=2)]
+    rows = [filled(backend, rng, count, nodes) for count in (21, 13)]
+    state = backend.export_state(backend.gather([(handle, 0) for handle in rows]))
+    assert any(row.freed for row in state.slots[1].rows)
+    save_state(tmp_path / "cache", state)
+    _, slots = READ(tmp_path / "cache")
+    for rows, slot in zip(slots, state.slots, strict=True):
+        for (key, _), row in zip(rows, slot.rows, strict=True):
+            expected, begin = decoded(row, slot.attributes)[0], row.sinks.tokens
+            assert np.isnan(key[:, begin : begin + row.freed]).all()
+            np.testing.assert_array_equal(np.delete(key, np.s_[begin : begin + row.freed], 1), expected)
 
 
 def test_the_program_lists_what_a_file_holds_and_needs_no_package() -> None:

@@ -112,7 +112,7 @@ class Cache:
 
         Raises CacheError for no caches, an empty one, or caches of different models or backends.
         """
-        caches = [*_each("join", caches)]
+        caches = [*_each("join", caches, "caches")]
         if not caches:
             raise CacheError("join: expected at least one cache, got none")
         if strangers := [other for other in caches if not isinstance(other, Cache)]:
@@ -161,11 +161,11 @@ class Cache:
             return f"<Cache {self.handle} on {self._backend.name}: closed>"
 
 
-def _each(where: str, values: Iterable[T]) -> Iterable[T]:
-    """What was given, if it is a list of anything."""
+def _each(where: str, values: Iterable[T], what: str = "row numbers") -> Iterable[T]:
+    """What was given, if it is a list at all."""
     if isinstance(values, Iterable):
         return values
-    raise CacheError(f"{where}: expected a list, got {values!r}")
+    raise CacheError(f"{where}: expected a list of {what}, got {values!r}")
 
 
 def _int64(where: str, value: object) -> int:

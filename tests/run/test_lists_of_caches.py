@@ -112,9 +112,9 @@ def test_bad_lists_change_nothing(open_session: Opener, rewritten: Rewritten) ->
     ("call", "message"),
     [
         (lambda cache: kivi.Cache.join([cache, anything(5)]), "join: expected caches, got 5"),
-        (kivi.Cache.join, "join: expected a list, got <Cache"),
-        (lambda cache: cache.select(0), "select: expected a list, got 0"),
-        (lambda cache: cache.reorder(None), "reorder: expected a list, got None"),
+        (kivi.Cache.join, "join: expected a list of caches, got <Cache"),
+        (lambda cache: cache.select(0), "select: expected a list of row numbers, got 0"),
+        (lambda cache: cache.reorder(None), "reorder: expected a list of row numbers, got None"),
         (lambda cache: cache.crop(np.array([[1]])), "crop: expected an integer of 64 bits"),
     ],
 )

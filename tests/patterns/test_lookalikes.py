@@ -7,12 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import onnxruntime as ort
 import pytest
 
 import onnx_kivi as kivi
 from graphs import BATCH, LINES, ONE_KV_HEAD, decoder, feeds, half, replay
 from mask_graphs import FILL, INPUTS, PADDING, PLACES
+from zoo import MODELS
 
 ROUNDING = 2e-6  # sums of at most 16 float32 products of order 1, taken in another order
 HALF_ROUNDING = 2e-3  # float16 has 11 bits; the original rounds scores, weights and sums to it, the op only its ends
@@ -271,3 +273,14 @@ def test_a_prompt_joined_with_tokens_does_not_count_as_past(tmp_path: Path) -> N
         got = session.run(["out"], new)[0]
         assert np.abs(got - before["out"]).max() <= ROUNDING * np.ptp(before["out"])
         past = {name: before[name.replace("past", "present")] for name in past}
+
+
+def test_a_causal_mask_with_a_row_for_each_sequence_is_no_causal_mask() -> None:
+    """Of one sequence it has one row, which serves all queries: what the first of them sees."""
+    model = onnx.load(MODELS["optimum/mistral"])
+    assert all(site.is_causal for site in kivi.inspect(model).sites)
+    index = next(node for node in model.graph.node if node.name == "/model/Constant_1")
+    index.attribute[0].t.CopyFrom(onnx.numpy_helper.from_array(np.array(0)))
+    report = kivi.inspect(model)
+    assert report.sites
+    assert not any(site.is_causal for site in report.sites)

@@ -131,7 +131,7 @@ def _understood(
 ) -> list[Hidden | None]:
     """What each term hides, where the op can do it in the term's place: it has windows of causal masks only."""
     least = least_fill(decoder.element(match.query.tensor, match.element))
-    hidden = [_hidden(decoder, reader, term, least) for term in terms]
+    hidden = [_hidden(decoder, reader, term, least) if _is_of_queries(decoder, match, term) else None for term in terms]
     possible = [fact if fact is not None and (can_pad or not fact.padding) else None for fact in hidden]
     causal = match.is_causal or any(fact.causal for fact in possible if fact is not None)
     return [fact if fact is not None and (causal or not fact.window) else None for fact in possible]
@@ -188,6 +188,18 @@ def _new_tokens(decoder: DecoderGraph, match: Match) -> tuple[str, int] | None:
         if place is not None:
             return place
     return None
+
+
+def _is_of_queries(decoder: DecoderGraph, match: Match, term: MaskTerm) -> bool:
+    """Whether a term's rows may be the queries: as many as another axis counts, one of them may serve all queries."""
+    places = [
+        decoder.on_input(tensor, letters(layout).index("S")) if "S" in letters(layout) else None
+        for tensor, layout in ((term.tensor, term.layout), (match.query.tensor, match.query.layout))
+    ]
+    rows, queries = (place and decoder.shapes.shape(place[0]) for place in places)
+    if places[0] is None or places[1] is None or rows is None or queries is None:
+        return True
+    return rows[places[0][1]] == queries[places[1][1]]
 
 
 def _hidden(decoder: DecoderGraph, reader: MaskReader, term: MaskTerm, least_fill: float) -> Hidden | None:

@@ -153,6 +153,8 @@ class MaskReader:
         sizes = self._shape(node.inputs[0])
         rank = len(sizes)
         places = range(len(starts)) if axes is None else [axis % rank for axis in axes.flat]
+        if not len(places) == starts.size == ends.size:
+            raise UnreadableError(str(node))
         moved = {axis: affine(0, {axis: 1}) for axis in range(rank)}
         for axis, start, end in zip(places, starts.flat, ends.flat, strict=True):
             if not isinstance(start, int) or start < 0 or not _is_long(sizes[axis], end):

@@ -117,11 +117,6 @@ def test_lookalikes_stay_tensors_with_the_same_result(name: str, tmp_path: Path)
         assert np.abs(got - expected).max() <= ROUNDING * np.ptp(expected)
 
 
-def test_a_slice_of_more_ends_than_starts_is_not_read() -> None:
-    model = decoder(inputs=INPUTS, mask=f"{PLACES} all = Slice(seen, i(0), i(9,9), i(3)) {FILL}")
-    assert not any(site.is_causal for site in kivi.inspect(model).sites)
-
-
 # One key a new token: right behind nothing, and repeated over all keys for a single token; no chunk of them runs.
 REPEATED: dict[str, str] = {
     "repeated over all": f"""{PLACES} own = Range(zero, s, one) l1 = LessOrEqual(own, q)

@@ -275,12 +275,20 @@ def test_a_prompt_joined_with_tokens_does_not_count_as_past(tmp_path: Path) -> N
         past = {name: before[name.replace("past", "present")] for name in past}
 
 
-def test_a_causal_mask_with_a_row_for_each_sequence_is_no_causal_mask() -> None:
-    """Of one sequence it has one row, which serves all queries: what the first of them sees."""
-    model = onnx.load(MODELS["optimum/mistral"])
+# Constants that pick an axis of a shape; 0 makes it the batch's. Of one sequence, one row or column serves all.
+COUNTED = {
+    "a row for each sequence": ("optimum/mistral", "/model/Constant_1"),
+    "a column for each sequence": ("optimum/falcon_mqa", "/transformer/h.0/self_attention/Constant_40"),
+}
+
+
+@pytest.mark.parametrize("name", COUNTED)
+def test_a_causal_mask_that_counts_sequences_is_no_causal_mask(name: str) -> None:
+    path, constant = COUNTED[name]
+    model = onnx.load(MODELS[path])
     assert all(site.is_causal for site in kivi.inspect(model).sites)
-    index = next(node for node in model.graph.node if node.name == "/model/Constant_1")
+    index = next(node for node in model.graph.node if node.name == constant)
     index.attribute[0].t.CopyFrom(onnx.numpy_helper.from_array(np.array(0)))
     report = kivi.inspect(model)
     assert report.sites
-    assert not any(site.is_causal for site in report.sites)
+    assert not report.sites[0].is_causal

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
-from ...graph import TooComplexError, symbol
+from ...graph import Shape, TooComplexError, symbol
 from ..decoder_graph import PAST_LENGTH, DecoderGraph
 from ..layouts import SCORES, SIZE_1, joined, letters
 from ..match import LARGEST_FLOAT32, Added, Filled, MaskTerm, Match
@@ -131,7 +131,7 @@ def _understood(
 ) -> list[Hidden | None]:
     """What each term hides, where the op can do it in the term's place: it has windows of causal masks only."""
     least = least_fill(decoder.element(match.query.tensor, match.element))
-    hidden = [_hidden(decoder, reader, term, least) if _is_of_queries(decoder, match, term) else None for term in terms]
+    hidden = [_hidden(decoder, reader, term, least) if _is_of_scores(decoder, match, term) else None for term in terms]
     possible = [fact if fact is not None and (can_pad or not fact.padding) else None for fact in hidden]
     causal = match.is_causal or any(fact.causal for fact in possible if fact is not None)
     return [fact if fact is not None and (causal or not fact.window) else None for fact in possible]
@@ -190,16 +190,22 @@ def _new_tokens(decoder: DecoderGraph, match: Match) -> tuple[str, int] | None:
     return None
 
 
-def _is_of_queries(decoder: DecoderGraph, match: Match, term: MaskTerm) -> bool:
-    """Whether a term's rows may be the queries: as many as another axis counts, one of them may serve all queries."""
-    places = [
-        decoder.on_input(tensor, letters(layout).index("S")) if "S" in letters(layout) else None
-        for tensor, layout in ((term.tensor, term.layout), (match.query.tensor, match.query.layout))
-    ]
-    rows, queries = (place and decoder.shapes.shape(place[0]) for place in places)
-    if places[0] is None or places[1] is None or rows is None or queries is None:
+def _is_of_scores(decoder: DecoderGraph, match: Match, term: MaskTerm) -> bool:
+    """Whether a term's rows may be the queries and its columns the keys: where they are as many as something else, the
+    one of a lone sequence or token would serve all of them alike."""
+    sizes, query = decoder.shapes.shape(term.tensor), decoder.shapes.shape(match.query.tensor)
+    if sizes is None or query is None:
         return True
-    return rows[places[0][1]] == queries[places[1][1]]
+    rows, columns = (_size(decoder, term.tensor, term.layout, sizes, letter) for letter in "ST")
+    batch, tokens = (_size(decoder, match.query.tensor, match.query.layout, query, letter) for letter in "BS")
+    return (tokens is None or rows in (None, tokens)) and (columns is None or columns not in (batch, tokens))
+
+
+def _size(decoder: DecoderGraph, tensor: str, layout: str, sizes: Shape, letter: str) -> object:
+    """Size of an axis, if it is one of a graph input that is no cache; else None."""
+    axes = letters(layout)
+    known = letter in axes and decoder.on_input(tensor, axes.index(letter)) is not None
+    return sizes[axes.index(letter)] if known else None
 
 
 def _hidden(decoder: DecoderGraph, reader: MaskReader, term: MaskTerm, least_fill: float) -> Hidden | None:

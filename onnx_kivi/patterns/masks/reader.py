@@ -159,10 +159,16 @@ class MaskReader:
         for axis, start, end in zip(places, starts.flat, ends.flat, strict=True):
             if not isinstance(start, int) or start < 0 or not _is_long(sizes[axis], end):
                 raise UnreadableError(str(node))
-            if _falls_short(sizes[axis], end):
+            if _falls_short(sizes[axis], end) or self._counts_sequences(end):
                 raise UnreadableError(str(node))
             moved[axis] = affine(start, {axis: 1})
         return composed(self.read(node.inputs[0]), moved)
+
+    def _counts_sequences(self, end: int | Dim) -> bool:
+        """Whether a size is that of the batch: of a lone sequence it leaves one element, to be broadcast."""
+        sources = self._decoder.shapes.sources.get(end.name or "", ()) if isinstance(end, Dim) else ()
+        inputs = self._decoder.graph.inputs
+        return any(place.is_size and place.place == 0 and place.tensor in inputs for place in sources)
 
     def _trilu(self, node: Node) -> SymbolicTensor:
         rank = len(self._shape(node.inputs[0]))

@@ -27,6 +27,9 @@ K_SCHEMES = (
 )
 V_SCHEMES = (AFFINE, SYMMETRIC)
 AFFINE_BITS = (2, 4, 8, 32)
+TOKEN_BITS = (2, 4)
+"""Of keys with a token scale: the 16-bit weights of the kernels carry no codes of 8 bits besides."""
+
 V_BITS = {AFFINE: AFFINE_BITS, SYMMETRIC: (2, 3, 4)}
 
 
@@ -54,7 +57,7 @@ def k_bits_of(name: str) -> tuple[int, ...]:
     """The bits that a key scheme takes."""
     if name == AFFINE:
         return AFFINE_BITS
-    return (DIGIT_BITS,) if key_scheme(name).average else AFFINE_BITS[:-1]
+    return (DIGIT_BITS,) if key_scheme(name).average else TOKEN_BITS
 
 
 def check_schemes(k_scheme: str, k_bits: int, v_scheme: str, v_bits: int) -> None:

@@ -80,7 +80,7 @@ Tokens random_tokens(const Problem& p, int64_t tokens) {
 
 void set_schemes(SlotShape& shape) {
     const int averages[] = {8, 9, 10, 12};
-    if (shape.k_bits != 32 && chance(0.5)) shape.k_token = true;
+    if (shape.k_bits < 8 && chance(0.5)) shape.k_token = true;
     if (shape.k_token) shape.k_rotated = chance(0.5);
     if (shape.k_bits == 2 && !shape.k_rotated && chance(0.6))
         shape.k_digits = (shape.k_size * one_of(averages) + 4) / 8;

@@ -99,7 +99,7 @@ void check_schemes(const RowOptions& row) {
     check_bits("k_bits", row.k_bits, "k_scheme", row.k_scheme,
                digits   ? Bits{2}
                : affine ? Bits{2, 4, 8, 32}
-                        : Bits{2, 4, 8});
+                        : Bits{2, 4});
     check_bits("v_bits", row.v_bits, "v_scheme", row.v_scheme,
                row.has_symmetric_values() ? Bits{2, 3, 4} : Bits{2, 4, 8, 32});
 }

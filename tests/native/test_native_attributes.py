@@ -73,7 +73,7 @@ WINDOW_SINKS = {"slot": 0, "spec_version": 2, "window": 8}
         ({"k_scheme": "digits:2", "k_bits": 4}, "k_bits: expected one of 2 with k_scheme digits:2, got 4"),
         (
             {"k_scheme": "affine+token", "k_bits": 32},
-            "k_bits: expected one of 2, 4, 8 with k_scheme affine+token, got 32",
+            "k_bits: expected one of 2, 4 with k_scheme affine+token, got 32",
         ),
         ({"v_scheme": "symmetric+rotated", "v_bits": 8}, "v_bits: expected one of 2, 3, 4 with v_scheme symmetric"),
         ({"v_bits": 3}, "v_bits: expected one of 2, 4, 8, 32 with v_scheme affine, got 3"),

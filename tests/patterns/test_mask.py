@@ -117,6 +117,12 @@ def test_lookalikes_stay_tensors_with_the_same_result(name: str, tmp_path: Path)
         assert np.abs(got - expected).max() <= ROUNDING * np.ptp(expected)
 
 
+def test_elements_of_a_constant_are_not_read() -> None:
+    """A Gather of what no node made of a matrix."""
+    line = f"{PLACES} table = Constant<value=bool[2] {{1,0}}>() all = Gather(table, keys) {FILL}"
+    assert not any(site.is_causal for site in kivi.inspect(decoder(inputs=INPUTS, mask=line)).sites)
+
+
 # One key a new token: right behind nothing, and repeated over all keys for a single token; no chunk of them runs.
 REPEATED: dict[str, str] = {
     "repeated over all": f"""{PLACES} own = Range(zero, s, one) l1 = LessOrEqual(own, q)

@@ -197,9 +197,10 @@ class MaskReader:
     def _gather(self, node: Node) -> SymbolicTensor:
         """Elements of a matrix seen as a column, at flat positions row * columns + column."""
         flat = self._decoder.graph.producer(node.inputs[0])
-        position = self.read(node.inputs[1])
-        sizes = () if flat is None else self._shape(flat.inputs[0])
-        if flat is None or flat.op not in REGROUPS or node.attr("axis", 0) != 0 or len(sizes) != 2:
+        if flat is None or flat.op not in REGROUPS or node.attr("axis", 0) != 0:
+            raise UnreadableError(str(node))
+        position, sizes = self.read(node.inputs[1]), self._shape(flat.inputs[0])
+        if len(sizes) != 2:
             raise UnreadableError(str(node))
         if self._shape(node.inputs[0])[1:] not in ((), (1,)) or not isinstance(position, Affine):
             raise UnreadableError(str(node))

@@ -34,7 +34,7 @@ class DecoderGraph:
     def on_input(self, tensor: str, axis: int) -> tuple[str, int] | None:
         """An axis of a graph input that is no cache, and as long as this one; None if none is known."""
         shape = self.shapes.shape(tensor)
-        size = None if shape is None else shape[axis]
+        size = None if shape is None or axis >= len(shape) else shape[axis]
         caches = {cache.input for cache in self.caches.values()}
         places = self.shapes.sources.get(size.name or "", ()) if isinstance(size, Dim) else ()
         shown = (p for p in places if p.is_size and p.tensor in self.graph.inputs and p.tensor not in caches)

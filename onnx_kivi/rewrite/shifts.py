@@ -141,7 +141,10 @@ Rule = Callable[[Sizes, Operation, Sequence[Shift]], Shift]
 
 def shift_of(sizes: Sizes, operation: Operation, shifts: Sequence[Shift]) -> Shift:
     """The shift of an operation's results, whose inputs have these."""
-    return RULES.get(operation.op, _other)(sizes, operation, shifts)
+    try:
+        return RULES.get(operation.op, _other)(sizes, operation, shifts)
+    except (ArithmeticError, IndexError, TypeError, ValueError):
+        return LOST  # sizes where numbers should be, or more or fewer of them than the operator takes
 
 
 def _other(sizes: Sizes, operation: Operation, shifts: Sequence[Shift]) -> Shift:

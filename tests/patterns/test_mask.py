@@ -117,6 +117,11 @@ def test_lookalikes_stay_tensors_with_the_same_result(name: str, tmp_path: Path)
         assert np.abs(got - expected).max() <= ROUNDING * np.ptp(expected)
 
 
+def test_a_slice_along_an_axis_that_is_a_size_is_not_read() -> None:
+    line = f"{PLACES} all = Slice(seen, i(0), tn, sn) {FILL}"
+    assert not any(site.is_causal for site in kivi.inspect(decoder(inputs=INPUTS, mask=line)).sites)
+
+
 def test_elements_of_a_constant_are_not_read() -> None:
     """A Gather of what no node made of a matrix."""
     line = f"{PLACES} table = Constant<value=bool[2] {{1,0}}>() all = Gather(table, keys) {FILL}"

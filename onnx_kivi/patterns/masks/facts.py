@@ -203,9 +203,10 @@ def _is_of_scores(decoder: DecoderGraph, match: Match, term: MaskTerm) -> bool:
 
 def _size(decoder: DecoderGraph, tensor: str, layout: str, sizes: Shape, letter: str) -> object:
     """Size of an axis, if it is one of a graph input that is no cache; else None."""
-    axes = letters(layout)
-    known = letter in axes and decoder.on_input(tensor, axes.index(letter)) is not None
-    return sizes[axes.index(letter)] if known else None
+    for size, own, axis in zip(sizes, letters(layout), range(len(sizes)), strict=False):
+        if own == letter:
+            return size if decoder.on_input(tensor, axis) is not None else None
+    return None
 
 
 def _hidden(decoder: DecoderGraph, reader: MaskReader, term: MaskTerm, least_fill: float) -> Hidden | None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 
-from ...graph import BOOL, FLOATS, INTEGERS, OPEN_END, Dim, Node, divide
+from ...graph import BOOL, FLOATS, INTEGERS, OPEN_END, Dim, Node, TooComplexError, divide
 from ..decoder_graph import DecoderGraph
 from .operators import binary, constant_tensor, number, select, to_affine, to_cases, to_predicate
 from .predicates import (
@@ -71,10 +71,16 @@ class MaskReader:
 
     def _rule(self, node: Node) -> SymbolicTensor:
         rule = RULES.get(node.op)
-        if rule is not None:
-            return rule(self, node)
-        if len(node.inputs) == 2:
-            return binary(node, self._aligned(node, 0), self._aligned(node, 1))
+        try:
+            if rule is not None:
+                return rule(self, node)
+            if len(node.inputs) == 2:
+                return binary(node, self._aligned(node, 0), self._aligned(node, 1))
+        except TooComplexError:
+            raise
+        except (ArithmeticError, IndexError, TypeError, ValueError) as error:
+            # Sizes where numbers should be, or more or fewer of them than the operator takes.
+            raise UnreadableError(f"{node}: {error}") from error
         raise UnreadableError(str(node))
 
     def _shape(self, tensor: str) -> Sequence[int | Dim]:
@@ -153,8 +159,6 @@ class MaskReader:
         sizes = self._shape(node.inputs[0])
         rank = len(sizes)
         places = range(len(starts)) if axes is None else [axis % rank for axis in axes.flat]
-        if not len(places) == starts.size == ends.size:
-            raise UnreadableError(str(node))
         moved = {axis: affine(0, {axis: 1}) for axis in range(rank)}
         for axis, start, end in zip(places, starts.flat, ends.flat, strict=True):
             if not isinstance(start, int) or start < 0 or not _is_long(sizes[axis], end):

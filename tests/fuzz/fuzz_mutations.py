@@ -18,9 +18,11 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnxruntime as ort
 from onnx import helper, numpy_helper
 
 import onnx_kivi as kivi
+from onnx_kivi.errors import CacheError
 from onnx_kivi.measure.reference import Opening, Reference, Run
 from onnx_kivi.measure.replay import joined, unheard
 from onnx_kivi.run.session import open_model
@@ -95,18 +97,21 @@ def compared(original: Path, path: Path, report: kivi.Report, chunk: int = CHUNK
     if not joined(reference.original(optimized=False)).max_rel_diff <= STEADY:
         return None
     difference = joined(reference.rewritten(path)).max_rel_diff
-    if difference > LIMIT and not takes_chunks(reference, original):
+    chunks = difference <= LIMIT or takes_chunks(reference, open_model(original))
+    if difference > LIMIT and chunks and not takes_chunks(reference, kivi.Session(path)):
+        raise CacheError("a chunk that the original takes")  # which verification then feeds token by token
+    if not chunks:
         return compared(original, path, report, chunk=1)  # it takes one token at a time after its prefill
     if difference > LIMIT and (holds_infinities(reference, original) or reads_padding(reference, original)):
         return None
     return difference
 
 
-def takes_chunks(reference: Reference, original: Path) -> bool:
-    """Whether the original runs several tokens behind others at once; else verification feeds them one by one."""
-    session = open_model(original)
+def takes_chunks(reference: Reference, session: ort.InferenceSession | kivi.Session) -> bool:
+    """Whether a model runs several tokens behind others at once; else verification feeds them one by one."""
     for tokens, _ in reference._runs:
-        stepper = reference._stepper(session, tokens)
+        cache = session.new_cache() if isinstance(session, kivi.Session) else None
+        stepper = reference._stepper(session, tokens, cache)
         begin, end = 0, 0
         for end in tokens.ends[:2]:
             try:

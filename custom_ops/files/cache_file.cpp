@@ -42,6 +42,7 @@ public:
     explicit Writer(std::FILE* file) : file_(file) {}
 
     void put(const void* data, std::size_t bytes) {
+        if (bytes == 0) return;  // `data` may be null, which fwrite forbids
         digest_.update(data, bytes);
         write(data, bytes);
     }

@@ -18,7 +18,7 @@ from ..errors import ConfigError
 from ..run.generate import check_max_new_tokens, check_prompt
 from ..run.sampling import Sampling
 from ..run.session import Session
-from ..run.stepper import PREFILL_CHUNK, check_chunk
+from ..run.stepper import PREFILL_CHUNK, positive
 from .model import BatchedModel
 from .request import CANCELLED, ERROR, Channel, End, Request, Stream
 from .scheduler import RAGGED
@@ -79,8 +79,7 @@ class Engine:
         max_length: int | None = None,
     ) -> None:
         for name, value in (("max_batch", max_batch), ("cache_bytes", cache_bytes), ("max_length", max_length or 1)):
-            if not isinstance(value, int | np.integer) or value < 1:
-                raise ConfigError(f"{name}: expected an integer >= 1, got {value!r}")
+            positive(name, value)
         self._model = BatchedModel(session)
         self.mode, self.reason = self._model.mode, self._model.reason
         if self.mode != RAGGED:
@@ -90,7 +89,7 @@ class Engine:
             self._model,
             max_batch=max_batch,
             cache_bytes=cache_bytes,
-            chunk=check_chunk(prefill_chunk),
+            chunk=positive("prefill_chunk", prefill_chunk),
             decode=tokenizer.decode if tokenizer else _no_text,
         )
         self._changed = Condition()

@@ -53,7 +53,7 @@ class Stepper:
         self._given = dict(given or {})
         self._embed = embed
         self._known: dict[str, Array] | None = None
-        self._chunk = check_chunk(prefill_chunk)
+        self._chunk = positive("prefill_chunk", prefill_chunk)
         self.length = cache.length if cache is not None else 0
         _check_given(self._given, self._signature)
 
@@ -127,11 +127,11 @@ class Stepper:
         return {**empty, **self._given}
 
 
-def check_chunk(prefill_chunk: int) -> int:
-    """The number itself. Raises ConfigError unless it is a number of tokens."""
-    if not isinstance(prefill_chunk, int | np.integer) or prefill_chunk < 1:
-        raise ConfigError(f"prefill_chunk: expected an integer >= 1, got {prefill_chunk!r}")
-    return int(prefill_chunk)
+def positive(name: str, value: int) -> int:
+    """The number itself. Raises ConfigError unless it is an integer of at least 1."""
+    if not isinstance(value, int | np.integer) or value < 1:
+        raise ConfigError(f"{name}: expected an integer >= 1, got {value!r}")
+    return int(value)
 
 
 def chunk_ends(length: int, count: int, chunk: int) -> list[int]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,20 +44,26 @@ def test_sampled_tokens_are_those_of_the_same_seed_alone(rewritten: Rewritten) -
     assert expected[0] != alone(session, PROMPTS[0, :10], 8, **options, seed=9)
 
 
-@pytest.mark.parametrize("name", ["optimum/opt", "optimum/bloom", "genai-fp32/llama"])
-def test_models_that_count_positions_by_the_mask_run_ragged(
-    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def served(name: str, lengths: Sequence[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
+    """The shapes fed to a model of the zoo that serves prompts of these lengths together, each as if it were alone."""
     config = kivi.KiviConfig(32, 32, block_tokens=16, residual_length=8, sink_length=2)
     kivi.save(kivi.rewrite(MODELS[name], config)[0], tmp_path / "model.onnx")
     session = kivi.Session(tmp_path / "model.onnx")
-    prompts = [PROMPTS[b, :length] % 60 for b, length in enumerate((3, 20, 9))]
+    prompts = [PROMPTS[b, :length] % 60 for b, length in enumerate(lengths)]
     expected = [alone(session, ids, 8, temperature=2.0, seed=b) for b, ids in enumerate(prompts)]
     fed = watch(session, monkeypatch, lambda _, run: run())
     serving = serve(session)
     channels = [ask(serving, ids, 8, temperature=2.0, seed=b) for b, ids in enumerate(prompts)]
     finish(serving)
     assert [answer(channel)[0] for channel in channels] == expected
+    return fed
+
+
+@pytest.mark.parametrize("name", ["optimum/opt", "optimum/bloom", "genai-fp32/llama"])
+def test_models_that_count_positions_by_the_mask_run_ragged(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fed = served(name, (3, 20, 9), tmp_path, monkeypatch)
     assert (3, 1) in fed
 
 
@@ -195,15 +201,6 @@ def test_what_does_not_fit_waits_and_nobody_overtakes(rewritten: Rewritten) -> N
 
 
 def test_a_model_of_one_length_is_served_by_equal_lengths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = kivi.KiviConfig(32, 32, block_tokens=16, residual_length=8, sink_length=2)
-    kivi.save(kivi.rewrite(MODELS["optimum/gemma"], config)[0], tmp_path / "model.onnx")
-    session = kivi.Session(tmp_path / "model.onnx")
-    prompts = [PROMPTS[b, :length] % 60 for b, length in enumerate((9, 9, 14))]
-    expected = [alone(session, ids, 8, temperature=2.0, seed=b) for b, ids in enumerate(prompts)]
-    fed = watch(session, monkeypatch, lambda _, run: run())
-    serving = serve(session)
-    channels = [ask(serving, ids, 8, temperature=2.0, seed=b) for b, ids in enumerate(prompts)]
-    finish(serving)
-    assert [answer(channel)[0] for channel in channels] == expected
+    fed = served("optimum/gemma", (9, 9, 14), tmp_path, monkeypatch)
     assert {(1, 1), (2, 1)} <= set(fed)
     assert (3, 1) not in fed

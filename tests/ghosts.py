@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import onnx
 import onnxruntime as ort
 
 from nodes import feeds
@@ -42,17 +41,6 @@ class Past:
         pairs = zip(self.stamps, other.stamps, strict=True)
         key, value = (np.concatenate(pair) for pair in pairs)
         return Past((key, value), np.concatenate((self.tokens, other.tokens)))
-
-
-def session(proto: onnx.ModelProto) -> ort.InferenceSession:
-    """A plain session, served by the native host."""
-    from onnx_kivi.runtime import native
-
-    options = ort.SessionOptions()
-    options.log_severity_level = 4
-    options.intra_op_num_threads = 1
-    native.register(options)
-    return ort.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
 
 
 def nothing(tokens: Array, width: tuple[int, int] = NARROW) -> Past:

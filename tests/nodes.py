@@ -102,3 +102,14 @@ def _node(
 ) -> onnx.NodeProto:
     attributes = {name: value for name, value in (wire | dict(changes or {})).items() if value is not None}
     return helper.make_node(op.name, inputs, outputs, domain=spec.DOMAIN, name=outputs[0], **attributes)
+
+
+def native_session(proto: onnx.ModelProto) -> ort.InferenceSession:
+    """A plain session, served by the native host."""
+    from onnx_kivi.runtime import native
+
+    options = ort.SessionOptions()
+    options.log_severity_level = 4
+    options.intra_op_num_threads = 1
+    native.register(options)
+    return ort.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])

@@ -15,8 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import oracle
-from ghosts import NARROW, WIDE, Past, ghost_feeds, nothing, session, step
-from nodes import feeds, model
+from ghosts import NARROW, WIDE, Past, ghost_feeds, nothing, step
+from nodes import feeds, model, native_session
 from onnx_kivi.errors import CacheError, ConfigError, KiviError
 from onnx_kivi.runtime.select import get_backend
 from onnx_kivi.spec import SdpaAttributes
@@ -32,7 +32,7 @@ ROUNDING = 1e-5
 
 
 def served(nodes: list[SdpaAttributes], name: str, **ghost_wire: Any) -> ort.InferenceSession:
-    return session(model(nodes, name, version=2, ghost_wire=ghost_wire))
+    return native_session(model(nodes, name, version=2, ghost_wire=ghost_wire))
 
 
 @pytest.fixture(scope="module")
@@ -344,7 +344,7 @@ def test_a_budget_that_is_no_number_is_refused_when_the_model_loads(text: str, m
 
 def test_a_model_of_no_ghosts_is_not_touched_by_the_budget(rng: np.random.Generator) -> None:
     """Only caches that stamps name are freed."""
-    plain, backend = session(model(DENSE, "plain", version=2)), get_backend("native")
+    plain, backend = native_session(model(DENSE, "plain", version=2)), get_backend("native")
     handle, first = backend.new_cache(), tokens(rng, 4)
     plain.run(None, feeds(first, first, cache_handle=handle))
     assert "expected a budget that holds" in at_the_budget(served(DENSE, "greedy", kv_bytes=1), first)

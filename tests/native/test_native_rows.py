@@ -6,11 +6,10 @@ import ctypes
 from typing import Any
 
 import numpy as np
-import onnx
 import onnxruntime as ort
 import pytest
 
-from nodes import feeds, model
+from nodes import feeds, model, native_session
 from onnx_kivi import spec
 from onnx_kivi.errors import CacheError, ConfigError, KiviError, SpecMismatchError
 from onnx_kivi.runtime.select import get_backend
@@ -22,17 +21,9 @@ NODES = [sdpa(0, spec_version=2, is_causal=1), sdpa(1, spec_version=2, k_bits=4,
 MODEL = model(NODES, "rows", version=2)
 
 
-def session(proto: onnx.ModelProto) -> ort.InferenceSession:
-    options = ort.SessionOptions()
-    options.log_severity_level = 4
-    options.intra_op_num_threads = 1
-    native.register(options)
-    return ort.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
-
-
 @pytest.fixture(scope="module")
 def served() -> ort.InferenceSession:
-    return session(MODEL)
+    return native_session(MODEL)
 
 
 def right_aligned(rows: list[np.ndarray], width: int) -> np.ndarray:
@@ -67,7 +58,7 @@ def test_a_ragged_run_over_caches_is_each_of_them_alone(served: ort.InferenceSes
 
 
 def test_the_default_cache_takes_rows_of_one_shape_or_of_their_own(rng: np.random.Generator) -> None:
-    plain = session(MODEL)
+    plain = native_session(MODEL)
     key = tokens(rng, 6, batch=2)
 
     def lengths(**control: Any) -> list[list[int]]:
@@ -82,10 +73,10 @@ def test_the_default_cache_takes_rows_of_one_shape_or_of_their_own(rng: np.rando
 def test_attributes_may_be_left_out(rng: np.random.Generator) -> None:
     """But for those that a node of version 2 must have; the others are as the spec says."""
     wire = {a.name: None for a in spec.SdpaAttributes.specs(2) if a.default is not None}
-    short = session(
+    short = native_session(
         model([spec.SdpaAttributes(slot=0)], "short", version=2, sdpa_wire=wire, step_wire={"spec_version": None})
     )
-    full = session(model([spec.SdpaAttributes(slot=0, spec_version=2)], "full", version=2))
+    full = native_session(model([spec.SdpaAttributes(slot=0, spec_version=2)], "full", version=2))
     key = tokens(rng, 9)
     for got, want in zip(short.run(None, feeds(key, key)), full.run(None, feeds(key, key)), strict=True):
         np.testing.assert_array_equal(got, want)
@@ -124,7 +115,7 @@ def test_what_a_run_refuses_names_the_row_and_leaves_every_cache_as_it_was(
 
 
 def test_a_model_that_needs_one_length_says_why(rng: np.random.Generator) -> None:
-    strict = session(model(NODES, "strict", version=2, step_wire={"one_length": "positions count from P"}))
+    strict = native_session(model(NODES, "strict", version=2, step_wire={"one_length": "positions count from P"}))
     key = tokens(rng, 4, batch=2)
     strict.run(None, feeds(key, key))
     with pytest.raises(Exception, match=r"rows of 2 to 4 tokens: .* needs: positions count from P"):
@@ -146,7 +137,7 @@ def test_what_is_not_built_is_refused_when_the_model_loads(
     wire: dict[str, Any], kind: type[KiviError], message: str
 ) -> None:
     with pytest.raises(Exception, match="onnx_kivi") as caught:
-        session(model(NODES, "unbuilt", version=2, sdpa_wire=wire))
+        native_session(model(NODES, "unbuilt", version=2, sdpa_wire=wire))
     error = native.error_from(caught.value)
     assert type(error) is kind
     assert message in str(error)
@@ -173,7 +164,7 @@ def test_the_c_functions_move_and_cut_rows(rng: np.random.Generator) -> None:
 def test_a_window_frees_the_blocks_that_it_hides(rng: np.random.Generator) -> None:
     backend, handle = get_backend("native"), get_backend("native").new_cache()
     node = sdpa(0, window=10, evict=1, window_sinks=1, residual_length=2, spec_version=2)
-    windowed = session(model([node], "window", version=2))
+    windowed = native_session(model([node], "window", version=2))
     for _ in range(20):
         key = tokens(rng, 5)
         windowed.run(None, feeds(key, key, cache_handle=handle))
